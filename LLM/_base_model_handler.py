@@ -1,0 +1,143 @@
+"""What differs between model families, with defaults that fit most: load options, chat template, stop tokens, sampling.
+
+A drop-in subclasses this and states its facts. Importing it costs nothing: torch comes with the first model that needs it.
+"""
+
+import importlib
+import secrets
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypedDict
+
+from tokenizers import Tokenizer
+
+from LLM.engine.request import GenerationRequest, Sampling
+from LLM.engine.thread import Runner
+from LLM.errors import Refused
+
+
+class ChatMessage(TypedDict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """At which precision and where a model is to run. "auto" is the model's own dtype, and a GPU if there is one."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    quantization: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a load yields: a runner and a tokenizer, and the facts that requests are checked against."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    context_length: int
+    vocabulary_size: int
+    dtype: str
+    device: str
+    # Writes a conversation as the model's prompt; None where the model folder has no chat template.
+    chat_template: Callable[[Sequence[ChatMessage]], str] | None = None
+    end_token_ids: frozenset[int] = frozenset()
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """What a request may say about its generation; None takes the model's default."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Reports a load: the stage's name, and how much of it is done, 0 to 1. Raises to abort a load nobody waits for.
+Progress = Callable[[str, float], None]
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class BaseModelHandler:
+    """A model family's ways. Subclass it as `ModelHandler` in `LLM/model_srv_<vendor>_<model>.py`."""
+
+    # The ids of a model without a folder; one with a folder is found by the folder's name.
+    model_ids: ClassVar[tuple[str, ...]] = ()
+    # Sampling where generation_config.json is silent.
+    sampling: ClassVar[Mapping[str, float]] = {}
+
+    def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
+        """Load the model from `folder`; runs on the engine's thread and takes its time.
+
+        Raises:
+            Refused: `load_failed` or `unsupported`, with what to do.
+        """
+        # Imported like a drop-in, when it is needed: torch takes seconds, and the echo model does without.
+        loaded: LoadedModel = importlib.import_module("LLM.loader").load(folder, options, progress)
+        return loaded
+
+    def preprocess(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+        """Rewrite a conversation for a family whose template cannot say it; the default changes nothing."""
+        return messages
+
+    def encode_chat(self, model: LoadedModel, messages: Sequence[ChatMessage]) -> list[int]:
+        """Give the token ids of a conversation, up to where the answer begins."""
+        if model.chat_template is None:
+            raise Refused("unsupported", "$.messages: this model has no chat template; send prompt instead")
+        text = model.chat_template(self.preprocess(messages))
+        return model.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, model: LoadedModel, prompt: str) -> list[int]:
+        """Give the token ids of raw text, with the special tokens that every text of this model begins with."""
+        return model.tokenizer.encode(prompt).ids
+
+    def request(
+        self, model: LoadedModel, key: Hashable, prompt_ids: Sequence[int], options: GenerationOptions
+    ) -> GenerationRequest:
+        """Join what a client asked for with the model's defaults.
+
+        Raises:
+            Refused: `context_length_exceeded`, or `bad_message` for a token id that the model does not have.
+        """
+        room = model.context_length - len(prompt_ids)
+        if not prompt_ids:
+            raise Refused("bad_message", "$.prompt: gives no tokens; send some text")
+        if room < (options.max_tokens or 1):
+            raise Refused(
+                "context_length_exceeded",
+                f"the prompt has {len(prompt_ids)} tokens and $.max_tokens asks for {options.max_tokens or 1} more, but "
+                f"this model's context is {model.context_length} tokens; shorten the prompt or lower max_tokens",
+            )
+        _check_ids("$.stop_token_ids", options.stop_token_ids, model)
+        _check_ids("$.logit_bias", options.sampling.get("logit_bias", ()), model)
+        end_token_ids = frozenset() if options.ignore_eos else model.end_token_ids
+        return GenerationRequest(
+            key=key,
+            prompt_ids=tuple(prompt_ids),
+            max_tokens=options.max_tokens or room,
+            sampling=self._sampling(model, options),
+            stop=options.stop,
+            end_token_ids=end_token_ids.union(options.stop_token_ids),
+            min_tokens=options.min_tokens,
+        )
+
+    def _sampling(self, model: LoadedModel, options: GenerationOptions) -> Sampling:
+        configured = {k: v for k in SAMPLING_DEFAULTS if (v := model.generation_config.get(k)) is not None}
+        drawn = Sampling(seed=secrets.randbits(63))
+        return replace(drawn, **{**self.sampling, **configured, **options.sampling})
+
+
+def _check_ids(field_name: str, ids: Sequence[int], model: LoadedModel) -> None:
+    for token_id in ids:
+        if token_id >= model.vocabulary_size:
+            last = model.vocabulary_size - 1
+            raise Refused("bad_message", f"{field_name}: this model has no token {token_id}; its ids are 0 to {last}")

@@ -1,0 +1,65 @@
+"""One request's way from sampled ids to parts: its text, its end, its times. Knows no other request and no model."""
+
+import time
+
+from LLM.engine.detokenizer import Detokenizer
+from LLM.engine.request import Delta, Finished, FinishReason, Timings
+from LLM.engine.scheduler import Sequence
+
+PREFILL_INTERVAL = 0.2  # seconds between two Prefill parts of one request
+
+
+class Answer:
+    """One request's way from token ids to parts: its text, its end, its times."""
+
+    def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
+        self._sequence = sequence
+        self._request = sequence.request
+        self._detokenizer = detokenizer
+        self._unseen = 0  # tokens sampled since the last Delta
+        self._arrived = time.monotonic()
+        self._prefill_told = 0.0
+        self.started: float | None = None
+        self._first_token: float | None = None
+
+    def prefill_is_due(self) -> bool:
+        """Whether enough time has passed to tell the prefill's progress again."""
+        now = time.monotonic()
+        due = now - self._prefill_told >= PREFILL_INTERVAL
+        if due:
+            self._prefill_told = now
+        return due
+
+    def take(self, token_id: int) -> tuple[Delta | None, FinishReason | None]:
+        """Append a sampled token; give the text that became safe to show, and the reason if this is the end."""
+        self._sequence.token_ids.append(token_id)
+        self._first_token = self._first_token or time.monotonic()
+        self._unseen += 1
+        if token_id in self._request.end_token_ids:
+            return self._delta(self._detokenizer.flush()), "stop"
+        text = self._detokenizer.push(token_id)
+        at_limit = self._sequence.completion_tokens >= self._request.max_tokens
+        if at_limit:
+            text += self._detokenizer.flush()
+        if self._detokenizer.stopped:
+            return self._delta(text), "stop"
+        return self._delta(text), "length" if at_limit else None
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """Give the end, with its counts and times."""
+        return Finished(
+            reason=reason,
+            prompt_tokens=len(self._request.prompt_ids),
+            completion_tokens=self._sequence.completion_tokens,
+            timings=Timings(
+                total=time.monotonic() - self._arrived,
+                started=self.started and self.started - self._arrived,
+                first_token=self._first_token and self._first_token - self._arrived,
+            ),
+        )
+
+    def _delta(self, text: str) -> Delta | None:
+        if not text:
+            return None
+        n, self._unseen = self._unseen, 0
+        return Delta(text, n)

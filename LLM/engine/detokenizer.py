@@ -1,0 +1,84 @@
+"""Token ids to text that is safe to show: no half character, no part of a stop string. Knows one answer at a time.
+
+The byte-level work is `tokenizers.decoders.DecodeStream`; this adds what it lacks, the flush at the end and stop strings.
+"""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A few ids before the next one, at first the prompt's, tell a decoder whether a leading space belongs to the text.
+CONTEXT = 8
+
+
+class Detokenizer:
+    """Turns one answer's token ids into text, piece by piece.
+
+    The pieces joined are the tokenizer's decoding of all ids, without special tokens, without an incomplete last
+    character, and cut before the stop string that was complete first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._known = list(prompt_ids[-CONTEXT:])
+        if self._decode(self._known).endswith(REPLACEMENT):
+            # Seeded with a text that ends in what looks like half a character, the stream would show that text again.
+            self._known.clear()
+        self._stream = DecodeStream(ids=self._known, skip_special_tokens=True)
+        self._unread: list[int] = []
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; return the text that became safe to show, often one token's, sometimes none."""
+        self._unread.append(token_id)
+        text = self._stream.step(self._tokenizer, token_id)
+        if text is None:
+            return ""
+        self._known = (self._known + self._unread)[-CONTEXT:]
+        self._unread.clear()
+        return self._release(text)
+
+    def flush(self) -> str:
+        """Return what was held back, once no more tokens will come."""
+        if self.stopped:
+            return ""
+        text = self._release(self._undecoded())
+        held, self._held = self._held, ""
+        return text + held
+
+    def _undecoded(self) -> str:
+        # DecodeStream keeps ids that may be part of a character and never gives them up; decode them by difference.
+        whole = self._decode(self._known + self._unread)
+        return whole[len(self._decode(self._known)) :].rstrip(REPLACEMENT)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _release(self, text: str) -> str:
+        held = self._held + text
+        if matches := _matches(held, self._stop):
+            self.stopped, self._held = True, ""
+            return held[: min(matches)[1]]
+        keep = _length_of_begun_stop(held, self._stop)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _matches(text: str, stop: Sequence[str]) -> list[tuple[int, int]]:
+    """Give (end, start) of every stop string's first place in `text`.
+
+    The smallest end is the one that would have been complete first had the characters come one by one, so the cut does
+    not depend on where the tokens' borders fall; of those that end together the longest counts.
+    """
+    return [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
+
+
+def _length_of_begun_stop(text: str, stop: Sequence[str]) -> int:
+    """Give the length of the longest end of `text` that some stop string begins with."""
+    longest = max((len(s) - 1 for s in stop), default=0)
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)

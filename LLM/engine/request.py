@@ -1,0 +1,99 @@
+"""What crosses the engine's border: frozen plain values, in both directions. Knows neither threads nor tensors.
+
+A stream's parts come in this order: Queued*, Started?, Prefill*, Delta*, and exactly one Finished.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from LLM.errors import Reason
+
+FinishReason = Literal["stop", "length", "cancelled", "shutdown", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn from the logits. The defaults change nothing; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt to be continued.
+
+    `key` names the request to the engine and must be unique among those open. `end_token_ids` end the text and are
+    never shown; they, and they alone, are held off until `min_tokens` tokens exist.
+    """
+
+    key: Hashable
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    end_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits; `position` 1 is the next to start."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Prefill begins. `cached_tokens` of the prompt were already in the KV cache."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """`done` of the prompt's `total` tokens are in the KV cache."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that may be shown, and how many tokens' sampling it took to know it."""
+
+    text: str
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds since the engine got the request; None for what it never reached."""
+
+    total: float
+    started: float | None = None
+    first_token: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end: nothing of this request runs or holds memory any more. `error` is set when `reason` is "error"."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    timings: Timings
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    error: tuple[Reason, str] | None = None
+
+
+Part = Queued | Started | Prefill | Delta | Finished

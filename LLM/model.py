@@ -1,0 +1,177 @@
+"""One model from the moment somebody asks for it: its load, those who wait, its engine. Knows no other model."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
+from LLM.engine.request import GenerationRequest
+from LLM.engine.thread import GenerationEngine
+from LLM.errors import Refused
+
+log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL = 0.2  # seconds between two reports of one stage's progress
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model, loaded how: the identity of a loaded model."""
+
+    model: str
+    options: LoadOptions
+
+
+class Description(TypedDict):
+    """What a client is told of the model it uses."""
+
+    id: str
+    context_length: int
+    dtype: str
+    quantization: str
+    device: str
+
+
+class Waiter:
+    """One who waits for a load: told of its progress, and of his place in line if he stands in it."""
+
+    def __init__(
+        self,
+        on_progress: Callable[[str, float], None] | None = None,
+        on_position: Callable[[int], None] | None = None,
+    ) -> None:
+        self.on_progress = on_progress
+        self.on_position = on_position
+        self.position = 0
+
+
+class Abandoned(Exception):
+    """The load was given up because nobody waited for it any more."""
+
+
+class Model:
+    """A model that is loaded or being loaded, on an engine of its own."""
+
+    def __init__(self, spec: ModelSpec, handler: BaseModelHandler, folder: Path, capacity: int) -> None:
+        self.spec = spec
+        self.engine: GenerationEngine[LoadedModel] = GenerationEngine(capacity)
+        self._handler = handler
+        self._folder = folder
+        self._loaded: LoadedModel | None = None
+        self._stage, self._progress = "config", 0.0
+        self._waiters: list[Waiter] = []
+        self._load = asyncio.create_task(self._load_on_engine())
+
+    @property
+    def failed(self) -> bool:
+        """Whether it can no longer serve: its load failed, or its engine died."""
+        return self._load.done() and self.engine.dead
+
+    async def wait(self, waiter: Waiter) -> None:
+        """Wait until the model is loaded; leaving is by asyncio's cancellation, and the last one to leave ends the load.
+
+        Raises:
+            Refused: why the load failed.
+            Abandoned: the load had been given up before this one came to wait.
+        """
+        self._waiters.append(waiter)
+        try:
+            if not self._load.done():
+                self._tell_positions()
+            await asyncio.shield(self._load)
+        finally:
+            self._waiters.remove(waiter)
+            self._tell_positions()
+
+    async def request(
+        self, key: Hashable, prompt: str | Sequence[ChatMessage], options: GenerationOptions
+    ) -> GenerationRequest:
+        """Make a prompt's token ids, in a thread because a long text takes long, and join them with the defaults.
+
+        Raises:
+            Refused: why this model cannot serve the request.
+        """
+        assert self._loaded is not None, "a model is asked for requests once it is loaded"
+        if isinstance(prompt, str):
+            ids = await asyncio.to_thread(self._handler.encode_prompt, self._loaded, prompt)
+        else:
+            ids = await asyncio.to_thread(self._handler.encode_chat, self._loaded, prompt)
+        return self._handler.request(self._loaded, key, ids, options)
+
+    def describe(self) -> Description:
+        """Give what a client is told of the model it will use."""
+        loaded = self._loaded
+        return {
+            "id": self.spec.model,
+            "context_length": loaded.context_length if loaded else 0,
+            "dtype": loaded.dtype if loaded else self.spec.options.dtype,
+            "quantization": self.spec.options.quantization,
+            "device": loaded.device if loaded else self.spec.options.device,
+        }
+
+    def status(self) -> dict[str, object]:
+        """Give this model's entry in the status of the server."""
+        state = "failed" if self.failed else "ready" if self._load.done() else "loading"
+        return {
+            **self.describe(),
+            "state": state,
+            **({"stage": self._stage, "progress": self._progress} if state == "loading" else {}),
+            "memory_bytes": self._loaded.runner.memory_bytes if self._loaded else 0,
+            "active": self.engine.active,
+            "queued": self.engine.queued + len(self._line()),
+            "capacity": self.engine.capacity,
+            "tokens_per_s": round(self.engine.tokens_per_s, 1),
+        }
+
+    async def close(self) -> None:
+        """End the load, or the engine with everything in it."""
+        self._load.cancel()
+        await self.engine.close()
+
+    async def _load_on_engine(self) -> None:
+        loop = asyncio.get_running_loop()
+        told = ("", 0.0)
+
+        def progress(stage: str, done: float) -> None:
+            # Called on the engine's thread. To abort is to raise here: nothing else can end a load from outside.
+            if not self._waiters:
+                raise Abandoned
+            nonlocal told
+            if stage != told[0] or time.monotonic() - told[1] >= PROGRESS_INTERVAL:
+                told = stage, time.monotonic()
+                loop.call_soon_threadsafe(self._tell_progress, stage, done)
+
+        began = time.monotonic()
+        try:
+            self._loaded = await self.engine.start(lambda: self._handler.load(self._folder, self.spec.options, progress))
+        except Abandoned:
+            log.info("gave up loading %s: nobody waits for it any more", self.spec.model)
+            raise
+        except Refused as error:
+            log.error("cannot load %s: %s", self.spec.model, error, exc_info=error.__cause__)
+            raise
+        except Exception as error:
+            log.exception("loading %s failed", self.spec.model)
+            message = "the model failed to load; the server's operator finds the details in its log"
+            raise Refused("load_failed", message) from error
+        loaded, took = self._loaded, time.monotonic() - began
+        log.info("loaded %s as %s on %s in %.1f s", self.spec.model, loaded.dtype, loaded.device, took)
+
+    def _tell_progress(self, stage: str, done: float) -> None:
+        self._stage, self._progress = stage, done
+        for waiter in self._waiters:
+            if waiter.on_progress:
+                waiter.on_progress(stage, done)
+
+    def _line(self) -> list[Waiter]:
+        return [waiter for waiter in self._waiters if waiter.on_position]
+
+    def _tell_positions(self) -> None:
+        for position, waiter in enumerate(self._line(), 1):
+            if waiter.on_position and waiter.position != position:
+                waiter.position = position
+                waiter.on_position(position)

@@ -1,0 +1,50 @@
+"""A model that repeats the last thing it was told, byte by byte: the example to copy, and the tests' double.
+
+It runs on the real engine, needs no model folder, no torch and no time.
+"""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions, Progress
+from LLM.engine.scheduler import Slice
+
+END = 256  # the token after the 256 bytes
+
+
+class EchoRunner:
+    """The next token is the prompt's next byte; after its last comes the end, after the end its first again."""
+
+    memory_bytes = 0
+
+    def step(self, batch: list[Slice]) -> list[int | None]:
+        """Advance each slice's sequence by one token."""
+        return [self._next(part) if part.samples else None for part in batch]
+
+    def free(self, key: Hashable) -> None:
+        """Nothing is kept between steps."""
+
+    def _next(self, part: Slice) -> int:
+        prompt = [*part.sequence.request.prompt_ids, END]
+        return prompt[part.sequence.completion_tokens % len(prompt)]
+
+
+class ModelHandler(BaseModelHandler):
+    """Loads at once; a conversation's prompt is its last message."""
+
+    model_ids = ("wsserver/echo",)
+
+    def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
+        """Make a byte tokenizer and the runner; there is nothing to read."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<|end|>"])
+        return LoadedModel(EchoRunner(), tokenizer, 65536, END + 1, "none", "cpu", end_token_ids=frozenset({END}))
+
+    def encode_chat(self, model: LoadedModel, messages: Sequence[ChatMessage]) -> list[int]:
+        """Give the last message's bytes."""
+        return model.tokenizer.encode(messages[-1]["content"]).ids

@@ -1,0 +1,49 @@
+# From nothing to a running server: `make serve`. From nothing to a tested one: `make test`. Needs Python 3.11+ and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := LLM/HuggingFaceTB/SmolLM2-135M-Instruct/config.json
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help serve install test check format clean
+
+help:
+	@echo "make serve    install what is missing, then serve the default model on port 41443"
+	@echo "make install  make .venv with the wsserver command in it, and put the default model into LLM/"
+	@echo "make test     run all tests"
+	@echo "make check    check format, style and types"
+	@echo "make format   format the code"
+	@echo "make clean    remove .venv and the default model"
+
+serve: install
+	$(BIN)/wsserver
+
+install: .venv/installed $(MODEL)
+
+test: .venv/installed-dev $(MODEL)
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv LLM/.partial $(dir $(MODEL))
+
+# The stamps are written last, so that an interrupted install is done again.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(MODEL): | .venv/installed
+	$(BIN)/python -m LLM.default_model

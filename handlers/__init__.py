@@ -1,0 +1,28 @@
+"""One message handler per client message: each translates between the protocol and the models, and never waits."""
+
+from collections.abc import Callable
+from typing import Any
+
+from handlers.cancel import cancel
+from handlers.generate import generate
+from handlers.init import init
+from handlers.status import status
+from LLM.model_service import ModelService
+from wsserver.connection import Connection, Dispatch
+from wsserver.protocol import Cancel, ClientMessage, Generate, Init, Status
+
+HANDLERS: dict[type[ClientMessage], Callable[[Any, Connection, ModelService], None]] = {
+    Init: init,
+    Generate: generate,
+    Cancel: cancel,
+    Status: status,
+}
+
+
+def dispatcher(models: ModelService) -> Dispatch:
+    """Give the function that hands each client message to its handler."""
+
+    def dispatch(message: ClientMessage, connection: Connection) -> None:
+        HANDLERS[type(message)](message, connection, models)
+
+    return dispatch

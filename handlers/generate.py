@@ -1,0 +1,140 @@
+"""`generate`: from a message to a generation request, and from its parts to frames."""
+
+import time
+from functools import partial
+
+from handlers.waiting import Stopped, chosen_model, until_stopped
+from LLM._base_model_handler import ChatMessage, GenerationOptions
+from LLM.engine import request as engine
+from LLM.errors import Refused
+from LLM.model import Model, ModelSpec, Waiter
+from LLM.model_service import ModelService
+from wsserver.connection import Connection
+from wsserver.protocol import (
+    Done,
+    ErrorDetail,
+    Generate,
+    Prefill,
+    Queued,
+    Refusal,
+    ServerMessage,
+    Started,
+    Timings,
+    Token,
+    Usage,
+)
+
+
+def generate(message: Generate, connection: Connection, models: ModelService) -> None:
+    """Begin a generation with the model that this connection's last init chose."""
+    if message.logprobs is not None:
+        raise Refusal("unsupported", "$.logprobs: not served yet; leave it out", message.id, answers_with_done=True)
+    spec = chosen_model(connection.session.chosen, models, message.id, answers_with_done=True)
+    connection.spawn(message, partial(_serve, message, connection, models, spec))
+
+
+async def _serve(message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, id: str) -> None:
+    read_at = time.monotonic()
+    try:
+        model, request = await until_stopped(connection, id, _prepare(message, connection, models, spec, id))
+    except Stopped:
+        # Whatever this says, the session makes it the done of a stop.
+        connection.send(connection.session.failure(id, "cancelled", "stopped before it began"))
+    except Refused as refused:
+        connection.send(connection.session.failure(id, refused.reason, refused.message))
+    else:
+        await _stream(message, connection, model, request, _Answer(id, spec.model, read_at))
+
+
+async def _prepare(
+    message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, id: str
+) -> tuple[Model, engine.GenerationRequest]:
+    """Wait for the model and make the prompt's tokens."""
+
+    def on_position(position: int) -> None:
+        connection.send(Queued(id=id, position=position))
+
+    model = await models.get(spec, Waiter(on_position=on_position))
+    prompt = message.prompt if message.prompt is not None else _conversation(message)
+    return model, await model.request((connection.session.id, id), prompt, _options(message))
+
+
+async def _stream(
+    message: Generate, connection: Connection, model: Model, request: engine.GenerationRequest, answer: "_Answer"
+) -> None:
+    async with model.engine.open(request) as stream:
+        connection.on_stop(answer.id, partial(model.engine.cancel, request.key))
+        async for part in stream:
+            frame = answer.frame(part)
+            if isinstance(frame, Token) and message.stream is False:
+                answer.text += frame.text
+            elif isinstance(frame, Done) and message.stream is False:
+                frame.text = answer.text
+                connection.send(frame)
+            else:
+                connection.send(frame)
+
+
+def _conversation(message: Generate) -> list[ChatMessage]:
+    return [ChatMessage(role=m.role, content=m.content) for m in message.messages or ()]
+
+
+def _options(message: Generate) -> GenerationOptions:
+    given = {name: getattr(message, name) for name in Generate.SAMPLING}
+    return GenerationOptions(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens or 0,
+        stop=(message.stop,) if isinstance(message.stop, str) else tuple(message.stop or ()),
+        stop_token_ids=tuple(message.stop_token_ids or ()),
+        ignore_eos=bool(message.ignore_eos),
+        sampling={name: value for name, value in given.items() if value is not None},
+    )
+
+
+class _Answer:
+    """Turns one generation's parts into frames: counts `seq`, and puts the waits before the engine onto the times."""
+
+    def __init__(self, id: str, model: str, read_at: float) -> None:
+        self.id = id
+        self.text = ""
+        self._model = model
+        self._seq = 0
+        self._seconds_before = time.monotonic() - read_at
+
+    def frame(self, part: engine.Part) -> ServerMessage:
+        match part:
+            case engine.Queued(position):
+                return Queued(id=self.id, position=position)
+            case engine.Started(prompt_tokens, cached_tokens):
+                return Started(id=self.id, model=self._model, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
+            case engine.Prefill(done, total):
+                return Prefill(id=self.id, done=done, total=total)
+            case engine.Delta(text, n):
+                self._seq += n
+                return Token(id=self.id, seq=self._seq - n, n=n, text=text)
+            case engine.Finished():
+                return self._done(part)
+
+    def _done(self, end: engine.Finished) -> Done:
+        usage = Usage(
+            prompt_tokens=end.prompt_tokens, completion_tokens=end.completion_tokens, cached_tokens=end.cached_tokens
+        )
+        error = ErrorDetail(code=end.error[0], message=end.error[1]) if end.error else None
+        return Done(id=self.id, finish_reason=end.reason, usage=usage, timings=self._timings(end), error=error)
+
+    def _timings(self, end: engine.Finished) -> Timings:
+        times, before = end.timings, self._seconds_before
+        timings = Timings(total_ms=_ms(before + times.total))
+        if times.started is not None:
+            timings.queued_ms = _ms(before + times.started)
+        if times.started is not None and times.first_token is not None:
+            timings.prefill_ms = _ms(times.first_token - times.started)
+            timings.ttft_ms = _ms(before + times.first_token)
+            decode = times.total - times.first_token
+            if end.completion_tokens > 1 and decode > 0:
+                timings.tokens_per_s = round((end.completion_tokens - 1) / decode, 2)
+        return timings
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)

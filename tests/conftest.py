@@ -1,0 +1,110 @@
+"""What tests share: a server in this process on a free port, and a client that judges every frame it gets."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from handlers import dispatcher
+from LLM._base_model_handler import LoadOptions
+from LLM.model_service import MODELS_ROOT, ModelService
+from tests.checker import Checker
+from wsserver.config import Config
+from wsserver.server import Server
+
+ECHO = "wsserver/echo"
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Client:
+    """One client connection; every frame passes the checker."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.checker = Checker()
+        self.frames: list[dict[str, Any]] = []
+
+    async def send(self, **message: Any) -> None:
+        """Send one message, given as its fields."""
+        self.checker.sent(message)
+        await self.socket.send(orjson.dumps(message).decode())
+
+    async def receive(self) -> dict[str, Any]:
+        """Give the next frame of any kind."""
+        frame = self.checker.received(await self.socket.recv(decode=True))
+        self.frames.append(frame)
+        return frame
+
+    async def until(self, *kinds: str, id: str | None = None) -> dict[str, Any]:
+        """Read on until a frame of one of the kinds (and of the id, if given) comes; give that one."""
+        while True:
+            frame = await self.receive()
+            if frame["type"] in kinds and id in (None, frame.get("id")):
+                return frame
+
+    async def generate(self, **fields: Any) -> dict[str, Any]:
+        """Run one generation to its end; give its `done`, with the joined text of its token frames in "joined"."""
+        await self.send(type="generate", **fields)
+        done = await self.until("done", id=fields.get("id"))
+        return {**done, "joined": self.checker.texts[done["id"]]}
+
+
+class Running:
+    """A server in this process, with everything a test may want to look at."""
+
+    def __init__(self, server: Server, models: ModelService) -> None:
+        self.server = server
+        self.models = models
+        self.url = f"ws://127.0.0.1:{server.port}/ws"
+
+    @contextlib.asynccontextmanager
+    async def client(self, **options: Any) -> AsyncIterator[Client]:
+        """Connect a client."""
+        async with connect(self.url, compression=None, **options) as socket:
+            yield Client(socket)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    model: str = ECHO, root: Path = MODELS_ROOT, dtype: str = "auto", **settings: Any
+) -> AsyncIterator[Running]:
+    """Serve in this process on a free port; settings are those of `Config`."""
+    config = Config(port=0, model=model, dtype=dtype, **settings)
+    models = ModelService(model, LoadOptions(dtype, config.device), config.max_active, root)
+    async with Server(config, dispatcher(models)) as server:
+        yield Running(server, models)
+    await models.close()
+
+
+@pytest.fixture
+async def echo() -> AsyncIterator[Running]:
+    """A server with the echo model."""
+    async with running() as server:
+        yield server
+
+
+@pytest.fixture
+async def client(echo: Running) -> AsyncIterator[Client]:
+    """A client of the echo server."""
+    async with echo.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def default_model_folder() -> Path:
+    """The default model's folder, put there by `make install`."""
+    folder = MODELS_ROOT / DEFAULT_MODEL
+    assert (folder / "config.json").exists(), "the default model is missing; run `make install`"
+    return folder
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Let the event loop run until a condition holds; fails after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for here has no event to tell of it
+            await asyncio.sleep(0)

@@ -1,0 +1,101 @@
+"""The command line and composition root: the only file that knows everybody."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import orjson
+
+from handlers import dispatcher
+from LLM._base_model_handler import LoadOptions
+from LLM.errors import Refused
+from LLM.model import Waiter
+from LLM.model_service import ModelService
+from wsserver import protocol
+from wsserver.config import Config, parse
+from wsserver.server import Server
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # not to be had on every platform
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop  # type: ignore[no-redef]
+
+log = logging.getLogger("wsserver")
+
+
+def main() -> None:
+    """Run the command line."""
+    command, config = parse(sys.argv[1:])
+    if command == "schema":
+        sys.stdout.write(orjson.dumps(protocol.schema(), option=orjson.OPT_INDENT_2).decode() + "\n")
+        return
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("websockets").setLevel(max(logging.WARNING, logging.root.level))
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(serve(config))
+    except (OSError, Refused) as error:
+        sys.exit(f"wsserver: {error}")
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        Refused: the default model is not there, or cannot be loaded.
+        OSError: the address cannot be listened on.
+    """
+    models = ModelService(config.model, LoadOptions(config.dtype, config.device), config.max_active)
+    async with AsyncExitStack() as closing:
+        closing.push_async_callback(models.close)
+        server = await closing.enter_async_context(Server(config, dispatcher(models)))
+        stopping = _stop_on_signal()
+        # Clients may come while the default model loads: they wait for it in line, and can cancel.
+        load = asyncio.create_task(models.get(models.resolve(), Waiter()))
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait([load, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if load.done():
+            about = load.result().describe()
+            _say(f"serving {about['id']} ({about['dtype']} on {about['device']}) at {_url(config.host, server.port)}")
+            _say(_how_to_try(config.host, server.port))
+            await stopped
+        load.cancel()
+        _say("stopping: running generations may finish")
+        await server.drain()
+
+
+def _stop_on_signal() -> asyncio.Event:
+    """Give the event that the first SIGTERM or SIGINT sets; the second one ends the process where it stands."""
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    return stopping
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"ws://{shown}:{port}/ws"
+
+
+def _how_to_try(host: str, port: int) -> str:
+    message = '{"type":"generate","prompt":"The capital of France is","max_tokens":32}'
+    return f"try:  echo '{message}' | websocat -n {_url(host, port)}"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

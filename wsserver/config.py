@@ -1,0 +1,105 @@
+"""The server's settings: one frozen value, from the command line or WSSERVER_* environment variables."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+DESCRIPTION = "Streams a language model's tokens over a WebSocket, with a stop button that really stops."
+EPILOG = """\
+Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE, and so on; the command line wins.
+Models are folders LLM/<vendor>/<model>/ in the usual Hugging Face layout, named by <vendor>/<model>.
+The messages are described in protocol.md; "wsserver schema" prints their JSON Schema.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What an operator can set."""
+
+    host: str = "127.0.0.1"
+    port: int = 41443
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_active: int = 8
+    drain_timeout: float = 10.0
+    log_level: str = "info"
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, Config]:
+    """Give the command, "serve" or "schema", and the settings; exits with a message for what cannot be."""
+    parser = _parser(environment)
+    values = vars(parser.parse_args(arguments))
+    command: str = values.pop("command")
+    return command, Config(**values)
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wsserver",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("serve", "schema"),
+        default="serve",
+        help="serve models (what happens if nothing is said), or print the JSON Schema of all messages",
+    )
+    defaults = {f.name: f.default for f in fields(Config)}
+
+    def option(name: str, help: str, **details: Any) -> None:
+        key = name.replace("-", "_")
+        # argparse runs a string default through `type`, so a bad value in the environment is refused like a bad option.
+        default = environment.get(f"WSSERVER_{key.upper()}", defaults[key])
+        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: {defaults[key]})", **details)
+
+    option("host", "address to listen on", metavar="ADDRESS")
+    option("port", "port to listen on, 0 for any free one", type=_port, metavar="N")
+    option("model", "model of a connection that asks for none", metavar="VENDOR/MODEL")
+    option("device", "where models run: auto, cpu, cuda, cuda:N; auto is the GPU if there is one", metavar="DEVICE")
+    option("dtype", "precision: auto is the model's own on a GPU, float32 on a CPU", type=_dtype, metavar="DTYPE")
+    option("max-active", "generations that run at once on a model; more wait in line", type=_positive, metavar="N")
+    option("drain-timeout", "seconds that running generations get to finish after SIGTERM", type=_seconds, metavar="S")
+    option("log-level", "how much to log: debug, info, warning, error", type=_log_level, metavar="LEVEL")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port; use 0 to 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small; use 1 or more")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds; use 0 or more")
+    return seconds
+
+
+def _dtype(text: str) -> str:
+    return _choice(text, ("auto", "float32", "float16", "bfloat16"))
+
+
+def _log_level(text: str) -> str:
+    return _choice(text, ("debug", "info", "warning", "error"))
+
+
+def _choice(text: str, choices: Sequence[str]) -> str:
+    # Not argparse's `choices`: those are not applied to a default, and so not to the environment.
+    if text not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+    return text

@@ -1,0 +1,97 @@
+"""The frames one connection has not sent yet: one FIFO that merges unread tokens and is bounded in bytes.
+
+Pure: no sockets and no tasks. Frames of different ids may pass each other by merging; frames of one id never do.
+"""
+
+from collections import OrderedDict
+
+from wsserver.protocol import Error, Loading, Prefill, Queued, ServerMessage, Token, encode
+
+# What a token frame weighs beside its text: the JSON around it.
+TOKEN_FRAME_BYTES = 128
+
+_PROGRESS = (Loading, Queued, Prefill)
+
+
+class OutboxFull(Exception):
+    """The reader is too slow: what it has not read would pass the bound."""
+
+
+class Outbox:
+    """Frames on their way out, `size` bytes of at most `max_bytes`."""
+
+    def __init__(self, max_bytes: int = 1 << 20) -> None:
+        self.max_bytes = max_bytes
+        self.size = 0
+        self._frames: OrderedDict[int, ServerMessage] = OrderedDict()
+        self._sizes: dict[int, int] = {}
+        self._serial = 0
+        # The place of each id's newest unread frame, where the next one may still join it.
+        self._last: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def push(self, frame: ServerMessage) -> None:
+        """Add a frame; one that continues its id's newest unread frame joins it.
+
+        Raises:
+            OutboxFull: the frame was not added.
+        """
+        id = getattr(frame, "id", None)
+        place = self._last.get(id) if id is not None else None
+        if place is not None and (joined := _join(self._frames[place], frame)):
+            self._put(place, joined)
+            return
+        self._serial += 1
+        self._put(self._serial, frame)
+        if id is None:
+            return
+        if not isinstance(frame, Error):
+            self._last[id] = self._serial
+        elif place is not None and not isinstance(self._frames[place], Token):
+            # An error may end a load; a later load of that id starts afresh. It never ends a generation, whose unread
+            # tokens must stay in reach of a cancel.
+            del self._last[id]
+
+    def pop(self) -> bytes | None:
+        """Take the oldest frame out, encoded; None if there is none."""
+        if not self._frames:
+            return None
+        place, frame = self._frames.popitem(last=False)
+        self.size -= self._sizes.pop(place)
+        id = getattr(frame, "id", None)
+        if id is not None and self._last.get(id) == place:
+            del self._last[id]
+        return encode(frame)
+
+    def drop_tokens(self, id: str) -> None:
+        """Forget the unread token frame of an id; by merging there is one at most, and it is the id's newest."""
+        place = self._last.get(id)
+        if place is not None and isinstance(self._frames[place], Token):
+            del self._frames[place], self._last[id]
+            self.size -= self._sizes.pop(place)
+
+    def _put(self, place: int, frame: ServerMessage) -> None:
+        size = _size(frame)
+        grown = self.size + size - self._sizes.get(place, 0)
+        if grown > self.max_bytes:
+            raise OutboxFull
+        self.size = grown
+        self._frames[place], self._sizes[place] = frame, size
+
+
+def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
+    """Make one frame of an id's newest unread one and the next; None if both have to be sent."""
+    if isinstance(unread, Token) and isinstance(frame, Token):
+        return Token(id=frame.id, seq=unread.seq, n=unread.n + frame.n, text=unread.text + frame.text)
+    if isinstance(frame, _PROGRESS) and type(unread) is type(frame):
+        return frame  # progress: only the newest counts
+    return None
+
+
+def _size(frame: ServerMessage) -> int:
+    if isinstance(frame, Token):
+        # Encoding a growing text again for every token that joins it would cost the square of its length.
+        return TOKEN_FRAME_BYTES + len(frame.id) + len(frame.text)
+    return len(encode(frame))

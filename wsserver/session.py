@@ -1,0 +1,244 @@
+"""What may be said next on one connection: the ids that are open, and the frames that may still follow for each.
+
+Pure: no sockets, timers, tasks or engine; whoever calls brings the time. Two gates: what a client says passes `open` and
+`cancel`, what the server says passes `admit`, so every rule of protocol.md about order stands in this file.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from msgspec.structs import replace
+
+from wsserver.protocol import (
+    Cancel,
+    ConnectionInfo,
+    Done,
+    Error,
+    ErrorCode,
+    ErrorDetail,
+    Generate,
+    Init,
+    Loading,
+    Prefill,
+    Queued,
+    Ready,
+    Refusal,
+    ServerMessage,
+    Started,
+    Timings,
+    Token,
+    Usage,
+)
+
+
+class Phase(enum.Enum):
+    """How far one id has come. An id without a phase is not open: never seen, or ended."""
+
+    LOADING = "an init was read"
+    ACCEPTED = "a generate was read"
+    STARTED = "its prefill began"
+    STREAMING = "its first token was sent"
+
+
+# What the server may say of an id, and what the id is afterwards; None is the end.
+TRANSITIONS: dict[tuple[Phase, type[ServerMessage]], Phase | None] = {
+    (Phase.LOADING, Loading): Phase.LOADING,
+    (Phase.LOADING, Ready): None,
+    (Phase.LOADING, Error): None,
+    (Phase.ACCEPTED, Queued): Phase.ACCEPTED,
+    (Phase.ACCEPTED, Started): Phase.STARTED,
+    (Phase.ACCEPTED, Done): None,
+    (Phase.STARTED, Prefill): Phase.STARTED,
+    (Phase.STARTED, Token): Phase.STREAMING,
+    (Phase.STARTED, Done): None,
+    (Phase.STREAMING, Token): Phase.STREAMING,
+    (Phase.STREAMING, Done): None,
+}
+
+StopReason = Literal["cancelled", "shutdown"]
+
+
+class IllegalFrame(Exception):
+    """The server itself broke the protocol: a bug, never a client's doing."""
+
+
+class TooManyBadMessages(Exception):
+    """The client sends nothing but nonsense; its connection is to be closed with 4400."""
+
+
+@dataclass(slots=True)
+class _Open:
+    phase: Phase
+    message: Init | Generate
+    stop: StopReason | None = None
+    stopped_at: float = 0.0
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What all sessions of a server share."""
+
+    started_at: float
+    max_active: int
+    draining: bool = False
+
+
+@dataclass(slots=True)
+class Session:
+    """One connection's ids."""
+
+    id: str
+    server: ServerState
+    max_open: int = 256
+    max_bad_messages: int = 32
+    # The init that says which model the next generate uses, and the last one that led to a loaded model.
+    chosen: Init = field(default_factory=Init)
+    _loaded: Init = field(default_factory=Init)
+    _open: dict[str, _Open] = field(default_factory=dict)
+    _assigned: int = 0
+    _bad_messages: int = 0
+
+    # The client's side.
+
+    def understood(self) -> None:
+        """Count a message that could be decoded: the bad ones before it are forgiven."""
+        self._bad_messages = 0
+
+    def open(self, message: Init | Generate) -> str:
+        """Let an init or a generate in; give its id, the client's or a new one.
+
+        Raises:
+            Refusal: `duplicate_id`, `shutting_down` or `overloaded`.
+        """
+        if message.id in self._open:
+            raise Refusal(
+                "duplicate_id", f"$.id: {message.id!r} is still active here; pick another id or wait for its end", message.id
+            )
+        generates = isinstance(message, Generate)
+        if self.server.draining:
+            raise Refusal("shutting_down", "this server is stopping; connect again in a moment", message.id, generates)
+        if len(self._open) >= self.max_open:
+            why = f"{self.max_open} requests are active on this connection; wait for one to end"
+            raise Refusal("overloaded", why, message.id, generates)
+        id = self._assign() if message.id is None else message.id
+        self._open[id] = _Open(Phase.ACCEPTED if generates else Phase.LOADING, message)
+        if isinstance(message, Init):
+            self.chosen = message
+        return id
+
+    def cancel(self, message: Cancel, now: float) -> list[str]:
+        """Take a cancel, read at `now` seconds; give the ids that are to be stopped because of it.
+
+        A second cancel of an id finds it stopping already, and gives nothing.
+
+        Raises:
+            Refusal: `not_active`, harmless.
+        """
+        if message.id is None and not self._open:
+            raise Refusal("not_active", "nothing is active on this connection")
+        if message.id is not None and message.id not in self._open:
+            raise Refusal("not_active", f"$.id: {message.id!r} is not active here; it has ended or never began", message.id)
+        return self.stop(list(self._open) if message.id is None else [message.id], "cancelled", now)
+
+    def answer(self, refusal: Refusal) -> ServerMessage:
+        """Give the frame that answers a refused message: a done where a generation was asked for, otherwise an error.
+
+        Raises:
+            TooManyBadMessages: instead of the answer to one bad message too many, none of them good between.
+        """
+        if refusal.code in ("bad_json", "bad_message", "unknown_type"):
+            self._bad_messages += 1
+            if self._bad_messages > self.max_bad_messages:
+                raise TooManyBadMessages
+        if not refusal.answers_with_done or refusal.id in self._open:
+            return Error(code=refusal.code, message=refusal.message, id=refusal.id)
+        return failed(refusal.id or self._assign(), refusal.code, refusal.message)
+
+    # The server's side.
+
+    def stop(self, ids: list[str], reason: StopReason, now: float) -> list[str]:
+        """Mark ids as stopping: from here on nothing but their end is let out. Give those that were not stopping yet."""
+        fresh = [id for id in ids if self._open[id].stop is None]
+        for id in fresh:
+            self._open[id].stop, self._open[id].stopped_at = reason, now
+        return fresh
+
+    def is_stopping(self, id: str) -> bool:
+        """Whether an open id has been told to stop."""
+        return self._open[id].stop is not None
+
+    def admit(self, frame: ServerMessage, now: float) -> ServerMessage | None:
+        """Let out a frame about an open id, in the form in which it may go; None if a stop has overtaken it.
+
+        The race between a generation's end and its cancel is decided here: a done that comes after the cancel was read
+        says "cancelled", whatever it was going to say, because tokens before it may have been dropped.
+
+        Raises:
+            IllegalFrame: the frame cannot follow what was let out before.
+        """
+        id = getattr(frame, "id", None)
+        if id not in self._open:
+            raise IllegalFrame(f"{type(frame).__name__} for an id that is not open")
+        entry = self._open[id]
+        try:
+            after = TRANSITIONS[entry.phase, type(frame)]
+        except KeyError:
+            raise IllegalFrame(f"{type(frame).__name__} while {entry.phase.value}") from None
+        if after is None:
+            del self._open[id]
+            frame = self._end(frame, entry, now)
+            self._settle(entry.message, isinstance(frame, Ready))
+            return frame
+        entry.phase = after
+        return None if entry.stop else frame
+
+    def info(self) -> ConnectionInfo:
+        """Give this connection's part of a status."""
+        return ConnectionInfo(session=self.id, active=list(self._open))
+
+    @property
+    def active(self) -> list[str]:
+        """The open ids, oldest first."""
+        return list(self._open)
+
+    def failure(self, id: str, code: ErrorCode, message: str) -> ServerMessage:
+        """Give the frame that ends an open id for a reason of the server's own."""
+        if self._open[id].phase is Phase.LOADING:
+            return Error(code=code, message=message, id=id)
+        return failed(id, code, message)
+
+    def _end(self, frame: ServerMessage, entry: _Open, now: float) -> ServerMessage:
+        if entry.stop is None:
+            return frame
+        if isinstance(frame, Done):
+            cancel_ms = round((now - entry.stopped_at) * 1000, 3) if entry.stop == "cancelled" else None
+            return replace(frame, finish_reason=entry.stop, error=None, timings=replace(frame.timings, cancel_ms=cancel_ms))
+        code: ErrorCode = "cancelled" if entry.stop == "cancelled" else "shutting_down"
+        return Error(code=code, message=f"the load was {entry.stop}", id=getattr(frame, "id", None))
+
+    def _settle(self, message: Init | Generate, loaded: bool) -> None:
+        # A failed init leaves the connection with the model it had, unless a later init has been read by now.
+        if isinstance(message, Init):
+            if loaded:
+                self._loaded = message
+            elif self.chosen is message:
+                self.chosen = self._loaded
+
+    def _assign(self) -> str:
+        while True:
+            self._assigned += 1
+            id = f"auto-{self._assigned}"
+            if id not in self._open:
+                return id
+
+
+def failed(id: str, code: ErrorCode, message: str) -> Done:
+    """Give the done of a generation that never ran."""
+    return Done(
+        id=id,
+        finish_reason="error",
+        usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+        timings=Timings(total_ms=0.0),
+        error=ErrorDetail(code=code, message=message),
+    )
