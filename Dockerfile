@@ -1,0 +1,30 @@
+# The server with the default model in it. Other models are mounted: -v ./LLM/<vendor>:/app/LLM/<vendor>:ro
+#   docker build -t wsserver .
+#   docker run --rm -p 127.0.0.1:41443:41443 wsserver           (with --gpus all on a machine with a GPU)
+FROM python:3.12-slim
+
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+WORKDIR /app
+
+# What changes rarely first: the packages take minutes and gigabytes.
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY wsserver/__init__.py wsserver/
+COPY handlers/__init__.py handlers/
+COPY LLM/__init__.py LLM/
+COPY LLM/engine/__init__.py LLM/engine/
+RUN pip install --constraint constraints.txt --editable .
+
+COPY LLM LLM
+RUN python -m LLM.default_model
+COPY wsserver wsserver
+COPY handlers handlers
+
+RUN useradd --system wsserver
+USER wsserver
+
+EXPOSE 41443
+# Inside a container the loopback address reaches nobody; who may reach the published port is `docker run -p`'s to say.
+ENV WSSERVER_HOST=0.0.0.0
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:41443/healthz', timeout=2)"]
+# SIGTERM drains; docker stop waits 10 seconds by default, as the server does.
+CMD ["wsserver", "--drain-timeout", "8"]

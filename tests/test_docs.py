@@ -1,0 +1,138 @@
+"""The documents tell the truth: examples decode, tables agree with the code, snippets are the tested files."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonschema
+import msgspec
+import pytest
+
+from tests.conftest import running
+from wsserver import protocol
+from wsserver.protocol import CloseCode, ErrorCode, FinishReason, Generate, Init, ServerMessage
+from wsserver.session import Session
+
+ROOT = Path(__file__).parent.parent
+PROTOCOL = (ROOT / "protocol.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def examples(side: str) -> list[str]:
+    """Give the JSON lines of protocol.md's blocks of one side, "client" or "server"."""
+    blocks = re.findall(rf"^```json {side}\n(.*?)^```", PROTOCOL, re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def rows(heading: str) -> Iterator[list[str]]:
+    """Give the rows, as cells without backticks, of every table whose first header is `heading`."""
+    for part in re.split(rf"^\| {heading} \|.*\n\|[-|]+\n", PROTOCOL, flags=re.MULTILINE)[1:]:
+        for row in part.splitlines():
+            if not row.startswith("|"):
+                break
+            yield [cell.strip(" `") for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("line", examples("client"))
+def test_a_client_example_of_protocol_md_is_a_message_the_server_takes(line: str) -> None:
+    message = protocol.decode(line)
+    assert set(json.loads(line)) - {"type"} <= {f.name for f in msgspec.structs.fields(message)}
+
+
+@pytest.mark.parametrize("line", examples("server"))
+def test_a_server_example_of_protocol_md_is_a_message_the_server_sends(line: str) -> None:
+    example = json.loads(line)
+    frame = msgspec.convert(example, ServerMessage, str_keys=True)
+    assert json.loads(protocol.encode(frame)) == example, "a field that no frame has"
+    jsonschema.validate(example, protocol.schema())
+
+
+def test_every_message_type_has_an_example() -> None:
+    assert {json.loads(line)["type"] for line in examples("client")} == set(protocol.CLIENT_TYPES)
+    sent = {t.__struct_config__.tag for t in get_args(ServerMessage)}
+    assert {json.loads(line)["type"] for line in examples("server")} == sent
+
+
+def test_no_json_block_of_protocol_md_goes_unchecked() -> None:
+    assert len(re.findall(r"^```json", PROTOCOL, re.MULTILINE)) == len(
+        re.findall(r"^```json (?:client|server)$", PROTOCOL, re.MULTILINE)
+    )
+
+
+def test_the_tables_of_protocol_md_are_those_of_the_code() -> None:
+    assert {row[0] for row in rows("`finish_reason`")} == set(get_args(FinishReason))
+    codes = list(rows("code"))
+    assert {c[0] for c in codes if not c[0].isdigit()} == set(get_args(ErrorCode))
+    assert {(int(c[0]), c[1]) for c in codes if c[0].isdigit()} == {(c.value, c.name) for c in CloseCode}
+
+
+def test_the_parameter_tables_name_every_field() -> None:
+    fields = {row[0] for row in rows("field")}
+    known = {f.name for t in (Generate, Init) for f in msgspec.structs.fields(t)}
+    described_in_prose = {"messages", "prompt", "stream"}
+    assert fields == known - described_in_prose
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("temperature", 10.1),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", {"1": 101}),
+        ("seed", 2**63),
+        ("stop", ["x"] * 17),
+        ("stop_token_ids", [1] * 65),
+        ("logprobs", 21),
+    ],
+)
+def test_the_ranges_that_protocol_md_names_are_those_refused_beyond(field: str, bad: Any) -> None:
+    with pytest.raises(protocol.Refusal) as refusal:
+        protocol.decode(json.dumps({"type": "generate", "prompt": "x", field: bad}))
+    assert refusal.value.message.startswith(f"$.{field}")
+
+
+def test_the_limits_that_protocol_md_names_are_those_of_the_code() -> None:
+    assert f"{protocol.MAX_MESSAGE_BYTES:,} bytes" in PROTOCOL
+    bound = Session.__dataclass_fields__["max_bad_messages"].default
+    assert f"{bound + 1} bad messages in a row" in PROTOCOL
+    assert protocol.SUBPROTOCOL in PROTOCOL
+
+
+def test_the_python_example_in_the_readme_is_the_file_that_is_run() -> None:
+    code = (ROOT / "examples/stream_and_stop.py").read_text()
+    assert code[code.index("async def main") :].rstrip() in README
+
+
+def test_the_browser_example_in_the_readme_is_the_file() -> None:
+    page = (ROOT / "examples/stream_and_stop.html").read_text()
+    script = re.search(r'<script type="module">\n(.*?)</script>', page, re.DOTALL)
+    assert script is not None
+    lines = [line.removeprefix("  ") for line in script[1].splitlines()]
+    assert "\n".join(lines) in README
+
+
+async def test_the_python_example_streams_and_stops() -> None:
+    async with running() as server:
+        example = str(ROOT / "examples/stream_and_stop.py")
+        process = await asyncio.create_subprocess_exec(sys.executable, example, server.url, stdout=subprocess.PIPE)
+        printed, _ = await process.communicate()
+    # The echo model repeats the 16 bytes of the prompt and ends; the example cancels only what is longer.
+    assert (printed.decode(), process.returncode) == ("Once upon a time\n[stop after 17 tokens]\n", 0)
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name} links to {target}"
