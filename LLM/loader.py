@@ -49,7 +49,12 @@ def _load(folder: Path, dtype: str, device: torch.device, progress: Progress) ->
     torch_dtype = _dtype(dtype, device, config)
     weights = dict(_weights(folder, torch_dtype, progress))
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=torch_dtype)
+    model, found = architecture.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch_dtype, output_loading_info=True
+    )
+    if missing := found["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     runner = TransformersRunner(model.to(device).eval())

@@ -80,8 +80,7 @@ class Model:
         """
         self._waiters.append(waiter)
         try:
-            if not self._load.done():
-                self._tell_positions()
+            self._tell_positions()
             await asyncio.shield(self._load)
         finally:
             self._waiters.remove(waiter)
@@ -171,6 +170,8 @@ class Model:
         return [waiter for waiter in self._waiters if waiter.on_position]
 
     def _tell_positions(self) -> None:
+        if self._load.done():
+            return  # nobody waits any more, they only have not been woken yet
         for position, waiter in enumerate(self._line(), 1):
             if waiter.on_position and waiter.position != position:
                 waiter.position = position

@@ -38,8 +38,11 @@ def main() -> None:
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
-    except (OSError, Refused) as error:
+    except OSError as error:
         sys.exit(f"wsserver: {error}")
+    except Refused as refused:
+        # What is a field of init to a client is an option of the same name here.
+        sys.exit(f"wsserver: {refused.message.replace('$.', '--', 1)}")
 
 
 async def serve(config: Config) -> None:

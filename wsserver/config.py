@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -61,7 +62,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     option("host", "address to listen on", metavar="ADDRESS")
     option("port", "port to listen on, 0 for any free one", type=_port, metavar="N")
     option("model", "model of a connection that asks for none", metavar="VENDOR/MODEL")
-    option("device", "where models run: auto, cpu, cuda, cuda:N; auto is the GPU if there is one", metavar="DEVICE")
+    option(
+        "device",
+        "where models run: auto, cpu, cuda, cuda:N; auto is the GPU if there is one",
+        type=_device,
+        metavar="DEVICE",
+    )
     option("dtype", "precision: auto is the model's own on a GPU, float32 on a CPU", type=_dtype, metavar="DTYPE")
     option("max-active", "generations that run at once on a model; more wait in line", type=_positive, metavar="N")
     option("drain-timeout", "seconds that running generations get to finish after SIGTERM", type=_seconds, metavar="S")
@@ -88,6 +94,12 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds; use 0 or more")
     return seconds
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1 and so on")
+    return text
 
 
 def _dtype(text: str) -> str:
