@@ -37,6 +37,7 @@ clean:
 
 # The stamps are written last, so that an interrupted install is done again.
 .venv/installed: pyproject.toml constraints.txt
+	@echo "making .venv; this takes a few minutes once"
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .
 	touch $@

@@ -1,97 +1,202 @@
 """The contract's rules as a judge beside the wire: it is told what a client sent and what it received, and objects.
 
-Written from protocol.md, without looking at the session: the two must agree by themselves. Rules that need to know when the
-server read a message (rather than when the client sent it) are checked as far as the client can see them.
+Written from protocol.md, without looking at the session: the two must agree by themselves. What the server has read is known
+where it answers in order: the reply to a status says that everything sent before it was read, and what was open just then.
 """
 
+import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-# What may come after what, for one generation.
+# What may come after what, for one generation or one load.
 FOLLOWERS = {
-    "nothing": {"queued", "started", "done"},
+    "nothing": {"queued", "started", "done", "loading", "ready"},
     "queued": {"queued", "started", "done"},
     "started": {"prefill", "token", "done"},
     "prefill": {"prefill", "token", "done"},
     "token": {"token", "done"},
+    "loading": {"loading", "ready"},
 }
+OF_LOAD = {"loading", "ready"}
+OF_GENERATION = {"queued", "started", "prefill", "token", "done"}
+# Errors that answer a message and leave what is open alone; the other codes may also end a load.
+REFUSALS = {"bad_message", "duplicate_id", "model_not_found", "overloaded"}
+FINISH_REASONS = {"stop", "length", "cancelled", "timeout", "shutdown", "error"}
 
 
 @dataclass
-class Generation:
+class Asked:
+    """One init or generate that was sent, and what came of it."""
+
+    serial: int
+    message: dict[str, Any]
     last: str = "nothing"
     next_seq: int = 0
     text: str = ""
-    cancels_sent: int = 0
+    done: dict[str, Any] | None = None
+    cancels_sent: list[int] = field(default_factory=list)
+    cancel_was_read: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.message["type"]
 
 
 class Checker:
     """Follows one connection. `sent` and `received` raise AssertionError at the first broken rule."""
 
     def __init__(self) -> None:
-        self.open: dict[str, Generation] = {}
-        self.loads: set[str] = set()
+        # For each id what was sent and has no end yet, oldest first: the first is open, the others are duplicates or early.
+        self.open: dict[str, list[Asked]] = {}
+        self.unnamed: list[Asked] = []
         self.texts: dict[str, str] = {}
         self.dones: list[dict[str, Any]] = []
-        self.ambiguous: set[str] = set()
+        self.ended: list[Asked] = []
+        self._serials = itertools.count()
+        self._statuses: list[int] = []
+        self._cancels: list[tuple[int, str | None]] = []
+        self._nameless: int = 0  # sent without a type or with an impossible id, so that the answer names nothing
+        self._going_away = False
 
     def sent(self, message: dict[str, Any]) -> None:
-        kind, id = message.get("type"), message.get("id")
-        if kind == "generate" and isinstance(id, str):
-            if id in self.open or id in self.loads:
-                self.ambiguous.add(id)  # a duplicate, unless the done is on its way
-            else:
-                self.open[id] = Generation()
-        elif kind == "init" and isinstance(id, str):
-            self.loads.add(id)
+        kind, id, serial = message.get("type"), message.get("id"), next(self._serials)
+        if kind == "status":
+            self._statuses.append(serial)
+        elif not isinstance(kind, str) or not (id is None or (isinstance(id, str) and 1 <= len(id) <= 128)):
+            self._nameless += 1
+        elif kind in ("generate", "init"):
+            line = self.unnamed if id is None else self.open.setdefault(id, [])
+            line.append(Asked(serial, message))
         elif kind == "cancel":
-            for open_id in [id] if id is not None else list(self.open):
-                if open_id in self.open:
-                    self.open[open_id].cancels_sent += 1
+            self._cancels.append((serial, id))
+            for asked in self._pending(id):
+                asked.cancels_sent.append(serial)
+
+    def _pending(self, id: str | None) -> list[Asked]:
+        if id is not None:
+            return self.open.get(id, [])
+        return [*itertools.chain(*self.open.values()), *self.unnamed]
 
     def received(self, text: str) -> dict[str, Any]:
         frame: dict[str, Any] = json.loads(text)
         assert isinstance(frame, dict), f"a frame that is no object: {text}"
-        kind, id = frame["type"], frame.get("id")
-        if kind in ("queued", "started", "prefill", "token", "done"):
-            self._of_generation(kind, id, frame)
-        elif kind == "ready" or (kind == "error" and frame["code"] != "duplicate_id"):
-            self.loads.discard(id)
+        kind = frame["type"]
+        if kind in OF_LOAD | OF_GENERATION:
+            self._of_open_id(kind, frame)
+        elif kind == "error":
+            self._error(frame.get("id"), frame["code"], frame)
+        elif kind == "status":
+            self._status(frame)
+        else:
+            assert kind == "goaway", f"a frame of unknown type: {frame}"
+            assert not self._going_away, "a second goaway"
+            self._going_away = True
         return frame
 
-    def _of_generation(self, kind: str, id: str, frame: dict[str, Any]) -> None:
-        assert isinstance(id, str), f"a frame without id: {frame}"
-        if id not in self.open:
-            named_by_server = kind in ("queued", "started", "done") and id.startswith("auto-")
-            assert named_by_server or id in self.ambiguous, f"a frame for an id that is not open: {frame}"
-            self.open[id] = Generation()
-        generation = self.open[id]
-        assert kind in FOLLOWERS[generation.last], f"{kind} after {generation.last}: {frame}"
-        generation.last = kind
-        if kind == "queued":
-            assert frame["position"] >= 1
-        elif kind == "prefill":
-            assert 0 < frame["done"] < frame["total"]
-        elif kind == "token":
-            self._token(generation, frame)
-        elif kind == "done":
-            self._done(id, generation, frame)
+    def quiet(self) -> None:
+        """Object if anything that was asked has no end yet."""
+        assert not self.open, f"without an end: {self.open}"
+        assert not self.unnamed, f"without an end: {self.unnamed}"
 
-    def _token(self, generation: Generation, frame: dict[str, Any]) -> None:
-        assert frame["seq"] == generation.next_seq, f"a gap or a double: {frame}, expected seq {generation.next_seq}"
+    def _of_open_id(self, kind: str, frame: dict[str, Any]) -> None:
+        asked = self._asked(kind, frame)
+        assert kind in FOLLOWERS[asked.last], f"{kind} after {asked.last}: {frame}"
+        overtaken = asked.cancel_was_read and kind != "done"
+        assert not overtaken, f"the cancel had been read when this was sent: {frame}"
+        asked.last = kind
+        match kind:
+            case "queued":
+                assert frame["position"] >= 1, f"no place in a line: {frame}"
+            case "prefill":
+                assert 0 < frame["done"] < frame["total"], f"no progress: {frame}"
+            case "loading":
+                assert 0 <= frame["progress"] <= 1, f"no progress: {frame}"
+            case "token":
+                self._token(asked, frame)
+            case "done":
+                self._done(asked, frame)
+            case "ready":
+                self._end(frame["id"], 0)
+
+    def _asked(self, kind: str, frame: dict[str, Any]) -> Asked:
+        id = frame.get("id")
+        assert isinstance(id, str), f"a frame without id: {frame}"
+        wanted = "init" if kind in OF_LOAD else "generate"
+        if id not in self.open and id.startswith("auto-"):
+            asked = next((a for a in self.unnamed if a.kind == wanted), None)
+            assert asked, f"a frame for nothing that was asked: {frame}"
+            self.unnamed.remove(asked)
+            self.open[id] = [asked]
+        assert id in self.open, f"a frame for an id that is not open: {frame}"
+        asked = self.open[id][0]
+        assert asked.kind == wanted, f"{kind} answers {asked.message}"
+        return asked
+
+    def _token(self, asked: Asked, frame: dict[str, Any]) -> None:
+        assert asked.message.get("stream") is not False, f"a token of an answer that was not to be streamed: {frame}"
+        assert frame["seq"] == asked.next_seq, f"a gap or a double: {frame}, expected seq {asked.next_seq}"
         assert frame["n"] >= 1, f"a token frame of nothing: {frame}"
         assert frame["text"], f"an empty token frame: {frame}"
-        generation.next_seq += frame["n"]
-        generation.text += frame["text"]
+        asked.next_seq += frame["n"]
+        asked.text += frame["text"]
 
-    def _done(self, id: str, generation: Generation, frame: dict[str, Any]) -> None:
-        reason = frame["finish_reason"]
+    def _done(self, asked: Asked, frame: dict[str, Any]) -> None:
+        reason, usage = frame["finish_reason"], frame["usage"]
+        assert reason in FINISH_REASONS, f"no such reason: {frame}"
         assert (reason == "error") == ("error" in frame), f"error and finish_reason disagree: {frame}"
-        assert generation.next_seq <= frame["usage"]["completion_tokens"], f"more tokens sent than made: {frame}"
-        if reason == "cancelled":
-            assert generation.cancels_sent or id.startswith("auto-"), f"cancelled by nobody: {frame}"
-            assert frame["timings"]["cancel_ms"] >= 0
-        del self.open[id]
-        self.texts[id] = generation.text
+        assert asked.next_seq <= usage["completion_tokens"], f"more tokens sent than made: {frame}"
+        assert (reason == "cancelled") == ("cancel_ms" in frame["timings"]), f"cancel_ms without a cancel: {frame}"
+        assert reason != "cancelled" or asked.cancels_sent, f"cancelled by nobody: {frame}"
+        assert reason != "shutdown" or self._going_away, f"shutdown without goaway: {frame}"
+        assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"
+        assert all(ms >= 0 for ms in frame["timings"].values()), f"time runs backwards: {frame}"
+        asked.done = frame
+        self.texts[frame["id"]] = asked.text
         self.dones.append(frame)
+        self._end(frame["id"], 0)
+
+    def _error(self, id: str | None, code: str, frame: dict[str, Any]) -> None:
+        if code == "not_active":
+            self._not_active(id, frame)
+        elif id is not None:
+            assert id in self.open, f"an error about nothing that was sent: {frame}"
+            first, *others = self.open[id]
+            # A refusal answers the newcomer beside the open one; anything else ends the open one, which must be a load.
+            beside = others and code in (REFUSALS if first.kind == "init" else REFUSALS | {"unsupported"})
+            assert beside or code != "duplicate_id", f"a duplicate of nothing: {frame}"
+            assert beside or first.kind == "init", f"an error ended a generation: {frame}"
+            self._end(id, 1 if beside else 0)
+        elif code not in ("bad_json", "unknown_type"):
+            if code == "bad_message" and self._nameless:
+                self._nameless -= 1
+                return
+            refused = next((asked for asked in self.unnamed if asked.kind == "init"), None)
+            assert refused, f"an error about nothing that was sent: {frame}"
+            self.unnamed.remove(refused)
+
+    def _not_active(self, id: str | None, frame: dict[str, Any]) -> None:
+        # A cancel found nothing only if all that was sent before it had its end, and those ends came before this.
+        oldest = min((asked.serial for asked in self._pending(id)), default=next(self._serials))
+        cancel = next((c for c in self._cancels if c[1] == id and c[0] < oldest), None)
+        assert cancel, f"no cancel can have found nothing: {frame}"
+        self._cancels.remove(cancel)
+
+    def _end(self, id: str, place: int) -> None:
+        self.ended.append(self.open[id].pop(place))
+        if not self.open[id]:
+            del self.open[id]
+
+    def _status(self, frame: dict[str, Any]) -> None:
+        assert self._statuses, "a status that nobody asked for"
+        serial = self._statuses.pop(0)
+        read = {id: [a for a in line if a.serial < serial] for id, line in self.open.items()}
+        unnamed = [a for a in self.unnamed if a.serial < serial]
+        for id, line in read.items():
+            assert len(line) <= 1, f"two of one id are open: {id}, or a duplicate went unanswered"
+            for asked in line:
+                asked.cancel_was_read = asked.cancel_was_read or any(at < serial for at in asked.cancels_sent)
+        active = frame["connection"]["active"]
+        named = {id for id, line in read.items() if line}
+        assert named <= set(active), f"{named - set(active)} are open, but status does not say so: {frame}"
+        assert len(active) == len(named) + len(unnamed), f"{sorted(named)} and {len(unnamed)} unnamed are open: {frame}"

@@ -31,8 +31,23 @@ class Client:
 
     async def send(self, **message: Any) -> None:
         """Send one message, given as its fields."""
-        self.checker.sent(message)
-        await self.socket.send(orjson.dumps(message).decode())
+        await self.send_text(orjson.dumps(message).decode())
+
+    async def send_text(self, text: str) -> None:
+        """Send one text frame, whatever it holds."""
+        with contextlib.suppress(orjson.JSONDecodeError):
+            message = orjson.loads(text)
+            self.checker.sent(message if isinstance(message, dict) else {})
+        await self.socket.send(text)
+
+    async def settle(self) -> dict[str, Any]:
+        """Wait until the server has read everything sent so far; give the status report that says so."""
+        await self.send(type="status")
+        return await self.until("status")
+
+    def of(self, id: str, *kinds: str) -> list[dict[str, Any]]:
+        """Give the frames of an id received so far, all or those of some kinds."""
+        return [frame for frame in self.frames if frame.get("id") == id and (not kinds or frame["type"] in kinds)]
 
     async def receive(self) -> dict[str, Any]:
         """Give the next frame of any kind."""
@@ -76,9 +91,11 @@ async def running(
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
     models = ModelService(model, LoadOptions(dtype, config.device), config.max_active, root)
-    async with Server(config, dispatcher(models)) as server:
-        yield Running(server, models)
-    await models.close()
+    try:
+        async with Server(config, dispatcher(models)) as server:
+            yield Running(server, models)
+    finally:
+        await models.close()
 
 
 @pytest.fixture
