@@ -68,8 +68,8 @@ class Connection:
             self._news.set()
         except OutboxFull:
             log.warning("session %s: closing, the reader is too slow", self.session.id)
-            self._closing = CloseCode.READER_TOO_SLOW, "reader too slow"
-            # The writer may be waiting for the reader, so it cannot be the one to close; it goes on to that when cancelled.
+            self.close(CloseCode.READER_TOO_SLOW, "reader too slow")
+            # The writer is waiting for the reader; cancelled, it forgets what is unread and goes on to the close.
             self._writer.cancel()
 
     def spawn(self, message: Init | Generate, serve: Callable[[str], Coroutine[None, None, None]]) -> None:
@@ -114,9 +114,11 @@ class Connection:
             await asyncio.wait(self._tasks)
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """Close once what is in the outbox is sent."""
+        """Stop all work, and close once what is in the outbox is sent."""
         self._closing = self._closing or (code, reason)
         self._news.set()
+        for task in self._tasks:
+            task.cancel()
 
     def abort(self) -> None:
         """Cut the connection off, without a closing handshake."""
@@ -187,6 +189,7 @@ class Connection:
             log.exception("session %s: serving a request failed", self.session.id)
         finally:
             self._stops.pop(id, None)
+        # From the frame that ends an id to here nothing awaits, so no later request can have opened the id anew.
         if id in self.session.active:
             # Only after the exception logged above: every open id gets its one end, whatever happened.
             self.send(self.session.failure(id, "internal", "the server failed to serve this request; its log says why"))
