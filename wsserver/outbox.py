@@ -5,6 +5,8 @@ Pure: no sockets and no tasks. Frames of different ids may pass each other by me
 
 from collections import OrderedDict
 
+import orjson
+
 from wsserver.protocol import Error, Loading, Prefill, Queued, ServerMessage, Token, encode
 
 # What a token frame weighs beside its text: the JSON around it.
@@ -41,10 +43,12 @@ class Outbox:
         id = getattr(frame, "id", None)
         place = self._last.get(id) if id is not None else None
         if place is not None and (joined := _join(self._frames[place], frame)):
-            self._put(place, joined)
+            # Measuring a growing text again for every token that joins it would cost the square of its length.
+            size = self._sizes[place] + _length(frame.text) if isinstance(frame, Token) else _size(joined)
+            self._put(place, joined, size)
             return
         self._serial += 1
-        self._put(self._serial, frame)
+        self._put(self._serial, frame, _size(frame))
         if id is None:
             return
         if not isinstance(frame, Error):
@@ -72,8 +76,7 @@ class Outbox:
             del self._frames[place], self._last[id]
             self.size -= self._sizes.pop(place)
 
-    def _put(self, place: int, frame: ServerMessage) -> None:
-        size = _size(frame)
+    def _put(self, place: int, frame: ServerMessage, size: int) -> None:
         grown = self.size + size - self._sizes.get(place, 0)
         if grown > self.max_bytes:
             raise OutboxFull
@@ -92,6 +95,10 @@ def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
 
 def _size(frame: ServerMessage) -> int:
     if isinstance(frame, Token):
-        # Encoding a growing text again for every token that joins it would cost the square of its length.
-        return TOKEN_FRAME_BYTES + len(frame.id) + len(frame.text)
+        return TOKEN_FRAME_BYTES + _length(frame.id) + _length(frame.text)
     return len(encode(frame))
+
+
+def _length(text: str) -> int:
+    """Give the bytes of a text in JSON, without its quotes."""
+    return len(orjson.dumps(text)) - 2

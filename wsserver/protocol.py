@@ -85,7 +85,7 @@ class Init(_Message):
     model: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     quantization: Quantization | None = None
     dtype: Dtype | None = None
-    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] | None = None
+    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)(?!\n)$")] | None = None
     token: str | None = None
 
 

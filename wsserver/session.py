@@ -73,6 +73,8 @@ class _Open:
     message: Init | Generate
     stop: StopReason | None = None
     stopped_at: float = 0.0
+    # What the client was told so far, for an end that the model knows nothing of.
+    usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0))
 
 
 @dataclass(slots=True)
@@ -92,9 +94,9 @@ class Session:
     server: ServerState
     max_open: int = 256
     max_bad_messages: int = 32
-    # The init that says which model the next generate uses, and the last one that led to a loaded model.
-    chosen: Init = field(default_factory=Init)
-    _loaded: Init = field(default_factory=Init)
+    # The inits, oldest first, that may yet say which model the next generate uses: the last one that led to a loaded model
+    # (the first of all asks for the server's default), and those read after it that have not failed.
+    _inits: list[Init] = field(default_factory=lambda: [Init()])
     _open: dict[str, _Open] = field(default_factory=dict)
     _assigned: int = 0
     _bad_messages: int = 0
@@ -124,7 +126,7 @@ class Session:
         id = self._assign() if message.id is None else message.id
         self._open[id] = _Open(Phase.ACCEPTED if generates else Phase.LOADING, message)
         if isinstance(message, Init):
-            self.chosen = message
+            self._inits.append(message)
         return id
 
     def cancel(self, message: Cancel, now: float) -> list[str]:
@@ -191,11 +193,20 @@ class Session:
             self._settle(entry.message, isinstance(frame, Ready))
             return frame
         entry.phase = after
+        if isinstance(frame, Started):
+            entry.usage.prompt_tokens, entry.usage.cached_tokens = frame.prompt_tokens, frame.cached_tokens
+        elif isinstance(frame, Token):
+            entry.usage.completion_tokens += frame.n
         return None if entry.stop else frame
 
     def info(self) -> ConnectionInfo:
         """Give this connection's part of a status."""
         return ConnectionInfo(session=self.id, active=list(self._open))
+
+    @property
+    def chosen(self) -> Init:
+        """The init that says which model the next generate uses."""
+        return self._inits[-1]
 
     @property
     def active(self) -> list[str]:
@@ -206,7 +217,7 @@ class Session:
         """Give the frame that ends an open id for a reason of the server's own."""
         if self._open[id].phase is Phase.LOADING:
             return Error(code=code, message=message, id=id)
-        return failed(id, code, message)
+        return replace(failed(id, code, message), usage=self._open[id].usage)
 
     def _end(self, frame: ServerMessage, entry: _Open, now: float) -> ServerMessage:
         if entry.stop is None:
@@ -218,12 +229,10 @@ class Session:
         return Error(code=code, message=f"the load was {entry.stop}", id=getattr(frame, "id", None))
 
     def _settle(self, message: Init | Generate, loaded: bool) -> None:
-        # A failed init leaves the connection with the model it had, unless a later init has been read by now.
-        if isinstance(message, Init):
-            if loaded:
-                self._loaded = message
-            elif self.chosen is message:
-                self.chosen = self._loaded
+        # A failed init leaves the connection with the model it would have had without it.
+        place = next((i for i, init in enumerate(self._inits) if init is message), None)
+        if place is not None:
+            del self._inits[slice(0, place) if loaded else slice(place, place + 1)]
 
     def _assign(self) -> str:
         while True:

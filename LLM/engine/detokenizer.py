@@ -23,10 +23,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
-        self._known = list(prompt_ids[-CONTEXT:])
-        if self._decode(self._known).endswith(REPLACEMENT):
-            # Seeded with a text that ends in what looks like half a character, the stream would show that text again.
-            self._known.clear()
+        self._known = self._context(list(prompt_ids[-CONTEXT:]))
         self._stream = DecodeStream(ids=self._known, skip_special_tokens=True)
         self._unread: list[int] = []
         self._stop = tuple(stop)
@@ -35,7 +32,13 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that became safe to show, often one token's, sometimes none."""
         self._unread.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception:
+            # Byte tokens that make no character can change how those just before them decode, which are shown already;
+            # the stream gives up then. Go on from what is not shown yet.
+            text = self._decode(self._unread)
+            self._stream = DecodeStream(ids=self._unread, skip_special_tokens=True)
         if text is None:
             return ""
         self._known = (self._known + self._unread)[-CONTEXT:]
@@ -54,6 +57,12 @@ class Detokenizer:
         # DecodeStream keeps ids that may be part of a character and never gives them up; decode them by difference.
         whole = self._decode(self._known + self._unread)
         return whole[len(self._decode(self._known)) :].rstrip(REPLACEMENT)
+
+    def _context(self, tail: list[int]) -> list[int]:
+        # A stream seeded with a text that ends in what looks like half a character would show that text again. The tail may
+        # begin inside a character, which spoils a run of byte tokens; or the prompt really ends so.
+        parts = [tail[i:] for i in range(len(tail))] + [tail[:i] for i in range(len(tail), -1, -1)]
+        return next(ids for ids in parts if not self._decode(ids).endswith(REPLACEMENT))
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,142 @@
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from wsserver.config import Config, parse
+
+# Every option, with a value that is not its default, as it is written and as it is read.
+OPTIONS: dict[str, tuple[str, object]] = {
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "model": ("wsserver/echo", "wsserver/echo"),
+    "device": ("cuda:1", "cuda:1"),
+    "dtype": ("bfloat16", "bfloat16"),
+    "max_active": ("3", 3),
+    "drain_timeout": ("0.5", 0.5),
+    "log_level": ("debug", "debug"),
+}
+BAD = [
+    ("port", "abc"),
+    ("port", ""),
+    ("port", "1.5"),
+    ("port", "-1"),
+    ("port", "65536"),
+    ("device", "gpu"),
+    ("device", "cuda:"),
+    ("device", ""),
+    ("dtype", "float8"),
+    ("dtype", "FLOAT32"),
+    ("max_active", "0"),
+    ("max_active", "-3"),
+    ("max_active", "many"),
+    ("drain_timeout", "-1"),
+    ("drain_timeout", "soon"),
+    ("drain_timeout", "nan"),
+    ("drain_timeout", "inf"),
+    ("log_level", "loud"),
+]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    return "WSSERVER_" + name.upper()
+
+
+def refused(arguments: Sequence[str], environment: Mapping[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit:
+        parse(arguments, environment)
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def test_this_file_knows_every_option() -> None:
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_without_arguments_the_defaults_are_served() -> None:
+    expected = Config(
+        host="127.0.0.1",
+        port=41443,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        device="auto",
+        dtype="auto",
+        max_active=8,
+        drain_timeout=10.0,
+        log_level="info",
+    )
+    assert parse([], {}) == ("serve", expected)
+    assert parse(["serve"], {"WSSERVER_UNKNOWN": "x", "PORT": "1", "HOST": "h"}) == ("serve", expected)
+
+
+def test_the_schema_is_a_command_of_its_own() -> None:
+    assert parse(["schema"], {})[0] == "schema"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_read_from_the_command_line_and_from_the_environment(name: str) -> None:
+    text, value = OPTIONS[name]
+    expected = ("serve", dataclasses.replace(Config(), **{name: value}))
+    assert parse([flag(name), text], {}) == expected
+    assert parse([f"{flag(name)}={text}"], {}) == expected
+    assert parse([], {variable(name): text}) == expected
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_command_line_wins_over_the_environment(name: str) -> None:
+    text, value = OPTIONS[name]
+    default = getattr(Config(), name)
+    assert getattr(parse([flag(name), text], {variable(name): str(default)})[1], name) == value
+    assert getattr(parse([flag(name), str(default)], {variable(name): text})[1], name) == default
+
+
+def test_without_an_environment_given_the_process_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WSSERVER_PORT", "1234")
+    assert parse([])[1].port == 1234
+
+
+@pytest.mark.parametrize("source", ["the command line", "the environment"])
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_a_bad_value_is_refused_by_the_options_name_in_words_for_people(
+    name: str, text: str, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if source == "the environment":
+        err = refused([], {variable(name): text}, capsys)
+    else:
+        err = refused([f"{flag(name)}={text}"], {}, capsys)
+    message = err.splitlines()[-1]
+    assert flag(name) in message or variable(name) in message
+    assert " _" not in message, "a function's name is no help"
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["stop"], ["--prot", "1"], ["--port"], ["serve", "schema"], ["--max-active", "1", "2"]]
+)
+def test_what_is_no_command_or_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "usage: wsserver" in refused(arguments, {}, capsys)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().port = 1  # type: ignore[misc]
+
+
+def test_help_tells_every_option_with_its_default_and_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no line breaks inside a default
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"], {variable(name): text for name, (text, _) in OPTIONS.items()})
+    assert exit.value.code == 0
+    lines = " ".join(capsys.readouterr().out.split()).split(" --")
+    for name in OPTIONS:
+        (told,) = [line for line in lines if line.startswith(flag(name)[2:] + " ") and "default" in line]
+        assert f"(default: {getattr(Config(), name)})" in told
+    assert any("WSSERVER_MAX_ACTIVE" in line for line in lines)
