@@ -74,6 +74,9 @@ def convert(gguf: Path, folder: Path) -> None:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.save_pretrained(folder)
+    # Some files come out readable for their owner alone, who is not always the one who serves them.
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 if __name__ == "__main__":

@@ -99,15 +99,17 @@ def _weights(folder: Path, dtype: torch.dtype, progress: Progress) -> Iterator[t
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise Refused("load_failed", "the model's folder holds no safetensors file; convert its weights to safetensors")
-    total = sum(file.stat().st_size for file in files)
-    done = 0
-    for file in files:
+    sizes = [file.stat().st_size for file in files]
+    total = sum(sizes)
+    for index, file in enumerate(files):
+        done = sum(sizes[:index])
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - an open safetensors file is no mapping
                 tensor = tensors.get_tensor(name)
                 done += tensor.nbytes
                 yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-                progress("weights", min(done / total, 1.0))
+                progress("weights", done / total)
+    progress("weights", 1.0)
 
 
 def _chat_template(tokenizer: Any) -> Callable[[Sequence[ChatMessage]], str] | None:

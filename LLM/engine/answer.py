@@ -1,10 +1,11 @@
-"""One request's way from sampled ids to parts: its text, its end, its times. Knows no other request and no model."""
+"""One request's way from sampled ids to parts: its text, its end, its times, its stream. Knows no other request."""
 
 import time
 
 from LLM.engine.detokenizer import Detokenizer
 from LLM.engine.request import Delta, Finished, FinishReason, Timings
 from LLM.engine.scheduler import Sequence
+from LLM.engine.stream import GenerationStream
 
 PREFILL_INTERVAL = 0.2  # seconds between two Prefill parts of one request
 
@@ -12,9 +13,10 @@ PREFILL_INTERVAL = 0.2  # seconds between two Prefill parts of one request
 class Answer:
     """One request's way from token ids to parts: its text, its end, its times."""
 
-    def __init__(self, sequence: Sequence, detokenizer: Detokenizer) -> None:
+    def __init__(self, stream: GenerationStream, sequence: Sequence, detokenizer: Detokenizer) -> None:
+        self.stream = stream
+        self.request = sequence.request
         self._sequence = sequence
-        self._request = sequence.request
         self._detokenizer = detokenizer
         self._unseen = 0  # tokens sampled since the last Delta
         self._arrived = time.monotonic()
@@ -35,10 +37,10 @@ class Answer:
         self._sequence.token_ids.append(token_id)
         self._first_token = self._first_token or time.monotonic()
         self._unseen += 1
-        if token_id in self._request.end_token_ids:
+        if token_id in self.request.end_token_ids:
             return self._delta(self._detokenizer.flush()), "stop"
         text = self._detokenizer.push(token_id)
-        at_limit = self._sequence.completion_tokens >= self._request.max_tokens
+        at_limit = self._sequence.completion_tokens >= self.request.max_tokens
         if at_limit:
             text += self._detokenizer.flush()
         if self._detokenizer.stopped:
@@ -49,7 +51,7 @@ class Answer:
         """Give the end, with its counts and times."""
         return Finished(
             reason=reason,
-            prompt_tokens=len(self._request.prompt_ids),
+            prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=self._sequence.completion_tokens,
             timings=Timings(
                 total=time.monotonic() - self._arrived,

@@ -25,7 +25,8 @@ def sample(logits: Tensor, sequence: Sequence) -> int:
     # Inverse CDF: the first candidate at which the running sum passes the random number.
     cumulative = probabilities.cumsum(0)
     u = uniform(sampling.seed, sequence.completion_tokens) * cumulative[-1]
-    return int(ids[torch.searchsorted(cumulative, u, right=True).clamp(max=len(ids) - 1)])
+    # Rounding may point past the last candidate that holds anything: the first to reach the whole sum.
+    return int(ids[torch.searchsorted(cumulative, u, right=True).clamp(max=cumulative.argmax())])
 
 
 def uniform(seed: int, position: int) -> float:

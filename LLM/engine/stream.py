@@ -19,7 +19,10 @@ class GenerationStream:
     """
 
     def __init__(
-        self, request: GenerationRequest, enter: "Callable[[GenerationStream], None]", leave: Callable[[], None]
+        self,
+        request: GenerationRequest,
+        enter: "Callable[[GenerationStream], None]",
+        leave: "Callable[[GenerationStream], None]",
     ) -> None:
         self.request = request
         self._enter = enter
@@ -35,7 +38,7 @@ class GenerationStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._leave()
+        self._leave(self)
 
     def __aiter__(self) -> Self:
         return self

@@ -64,6 +64,11 @@ S = TypeVar("S", bound=Servable)
 
 
 @dataclass(frozen=True, slots=True)
+class _Open:
+    stream: GenerationStream
+
+
+@dataclass(frozen=True, slots=True)
 class _Cancel:
     key: Hashable
 
@@ -73,8 +78,9 @@ class _Close:
     pass
 
 
-_Inbox = queue.SimpleQueue[GenerationRequest | _Cancel | _Close]
-_Post = list[tuple[Hashable, Part]]
+_Inbox = queue.SimpleQueue[_Open | _Cancel | _Close]
+# Parts go by stream, not by key: a key may be opened again while parts of its last stream are still on their way.
+_Post = list[tuple[GenerationStream, Part]]
 
 
 class GenerationEngine(Generic[S]):
@@ -89,7 +95,7 @@ class GenerationEngine(Generic[S]):
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._inbox: _Inbox = queue.SimpleQueue()
         self._streams: dict[Hashable, GenerationStream] = {}
-        self._waiting: set[Hashable] = set()
+        self._waiting: set[GenerationStream] = set()
         self._emitted: deque[tuple[float, int]] = deque()
         self._run: asyncio.Future[None] | None = None
         self.dead = True
@@ -120,7 +126,7 @@ class GenerationEngine(Generic[S]):
 
     def open(self, request: GenerationRequest) -> GenerationStream:
         """Give the request's stream, to be entered with `async with`."""
-        return GenerationStream(request, self._attach, lambda: self._detach(request.key))
+        return GenerationStream(request, self._attach, self._detach)
 
     def cancel(self, key: Hashable) -> None:
         """Ask for an end; the stream goes on to its Finished. A key that is not open is ignored."""
@@ -147,29 +153,34 @@ class GenerationEngine(Generic[S]):
     def _attach(self, stream: GenerationStream) -> None:
         self._streams[stream.request.key] = stream
         if self.dead:
-            self._fail(stream.request.key)
+            self._fail(stream)
         else:
-            self._inbox.put(stream.request)
+            self._inbox.put(_Open(stream))
 
-    def _detach(self, key: Hashable) -> None:
-        if self._streams.pop(key, None) is not None:
-            self._waiting.discard(key)
-            self._inbox.put(_Cancel(key))
+    def _detach(self, stream: GenerationStream) -> None:
+        if self._forget(stream):
+            self._inbox.put(_Cancel(stream.request.key))
+
+    def _forget(self, stream: GenerationStream) -> bool:
+        self._waiting.discard(stream)
+        if self._streams.get(stream.request.key) is not stream:
+            return False
+        del self._streams[stream.request.key]
+        return True
 
     def _deliver(self, parts: _Post) -> None:
         tokens = 0
-        for key, part in parts:
-            stream = self._streams.get(key)
-            if stream is None:
+        for stream, part in parts:
+            if self._streams.get(stream.request.key) is not stream:
                 continue  # abandoned while this part was on its way
             if isinstance(part, Queued):
-                self._waiting.add(key)
+                self._waiting.add(stream)
             else:
-                self._waiting.discard(key)
+                self._waiting.discard(stream)
             tokens += part.n if isinstance(part, Delta) else 0
             stream.put(part)
             if isinstance(part, Finished):
-                del self._streams[key]
+                self._forget(stream)
         if tokens:
             self._emitted.append((time.monotonic(), tokens))
 
@@ -178,11 +189,11 @@ class GenerationEngine(Generic[S]):
         self._executor.shutdown(wait=False)
         if not run.cancelled() and (error := run.exception()):
             log.critical("the engine thread died", exc_info=error)
-        for key in list(self._streams):
-            self._fail(key)
+        for stream in list(self._streams.values()):
+            self._fail(stream)
 
-    def _fail(self, key: Hashable) -> None:
-        self._deliver([(key, Finished("error", 0, Timings(0.0), error=STOPPED))])
+    def _fail(self, stream: GenerationStream) -> None:
+        self._deliver([(stream, Finished("error", 0, Timings(0.0), error=STOPPED))])
 
 
 class _Worker:
@@ -233,11 +244,11 @@ class _Worker:
         answer = self._answers[request.key]
         if token_id is None:
             if answer.prefill_is_due():
-                self._parts.append((request.key, Prefill(part.stop, len(request.prompt_ids))))
+                self._parts.append((answer.stream, Prefill(part.stop, len(request.prompt_ids))))
             return
         delta, reason = answer.take(token_id)
         if delta:
-            self._parts.append((request.key, delta))
+            self._parts.append((answer.stream, delta))
         if reason:
             self._finish(request.key, reason)
 
@@ -245,10 +256,10 @@ class _Worker:
         """Post what is true before the step: who starts now, who waits where, who has ended."""
         for part in batch:
             if part.begins:
-                request = part.sequence.request
-                self._answers[request.key].started = time.monotonic()
-                self._parts.append((request.key, Started(len(request.prompt_ids))))
-        self._parts += [(key, Queued(position)) for key, position in self._scheduler.moved()]
+                answer = self._answers[part.sequence.request.key]
+                answer.started = time.monotonic()
+                self._parts.append((answer.stream, Started(len(answer.request.prompt_ids))))
+        self._parts += [(self._answers[key].stream, Queued(position)) for key, position in self._scheduler.moved()]
         self._post()
 
     def _read_inbox(self) -> None:
@@ -258,32 +269,34 @@ class _Worker:
             wait = False
             message = self._inbox.get()
             match message:
-                case GenerationRequest():
-                    self._add(message)
+                case _Open(stream):
+                    self._add(stream)
                 case _Cancel(key):
                     self._finish(key, "cancelled")
                 case _Close():
                     self._closed = True
 
-    def _add(self, request: GenerationRequest) -> None:
+    def _add(self, stream: GenerationStream) -> None:
+        request = stream.request
         sequence = self._scheduler.add(request)
         if sequence is None:
-            error: tuple[Reason, str] = (
-                "overloaded",
-                f"{self._scheduler.max_waiting} requests wait already; try later",
-            )
-            finished = Finished("error", len(request.prompt_ids), Timings(0.0), error=error)
-            self._parts.append((request.key, finished))
+            message = f"{self._scheduler.max_waiting} requests wait already; try later"
+            end = Finished("error", len(request.prompt_ids), Timings(0.0), error=("overloaded", message))
+            self._parts.append((stream, end))
             return
         detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
-        self._answers[request.key] = Answer(sequence, detokenizer)
+        self._answers[request.key] = Answer(stream, sequence, detokenizer)
 
     def _finish(self, key: Hashable, reason: FinishReason, error: tuple[Reason, str] | None = None) -> None:
         if self._scheduler.remove(key) is None:
             return  # ended by itself while the cancel was on its way
-        self._runner.free(key)
-        finished = self._answers.pop(key).finished(reason)
-        self._parts.append((key, replace(finished, error=error)))
+        answer = self._answers.pop(key)
+        self._parts.append((answer.stream, replace(answer.finished(reason), error=error)))
+        try:
+            self._runner.free(key)
+        except Exception:
+            # Whoever waits for the end is owed it all the same.
+            log.exception("the model could not let go of a sequence")
 
     def _post(self) -> None:
         if self._parts:
