@@ -56,7 +56,14 @@ class Abandoned(Exception):
 class Model:
     """A model that is loaded or being loaded, on an engine of its own."""
 
-    def __init__(self, spec: ModelSpec, handler: BaseModelHandler, folder: Path, capacity: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        handler: BaseModelHandler,
+        folder: Path,
+        capacity: int,
+        on_failed_load: "Callable[[Model], None]",
+    ) -> None:
         self.spec = spec
         self.engine: GenerationEngine[LoadedModel] = GenerationEngine(capacity)
         self._handler = handler
@@ -64,7 +71,9 @@ class Model:
         self._loaded: LoadedModel | None = None
         self._stage, self._progress = "config", 0.0
         self._waiters: list[Waiter] = []
+        self._on_failed_load = on_failed_load
         self._load = asyncio.create_task(self._load_on_engine())
+        self._load.add_done_callback(self._load_ended)
 
     @property
     def failed(self) -> bool:
@@ -153,12 +162,19 @@ class Model:
         except Refused as error:
             log.error("cannot load %s: %s", self.spec.model, error, exc_info=error.__cause__)
             raise
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a panic in Rust code, of the tokenizer or of safetensors, is no Exception
             log.exception("loading %s failed", self.spec.model)
             message = "the model failed to load; the server's operator finds the details in its log"
             raise Refused("load_failed", message) from error
         loaded, took = self._loaded, time.monotonic() - began
         log.info("loaded %s as %s on %s in %.1f s", self.spec.model, loaded.dtype, loaded.device, took)
+
+    def _load_ended(self, load: asyncio.Task[None]) -> None:
+        # Also when nobody waits any more to hear of it.
+        if load.cancelled() or load.exception():
+            self._on_failed_load(self)
 
     def _tell_progress(self, stage: str, done: float) -> None:
         self._stage, self._progress = stage, done

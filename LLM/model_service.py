@@ -66,21 +66,23 @@ class ModelService:
             model = self._models.get(spec)
             if model is None or model.failed:
                 listed = self.listing[spec.model]
-                model = self._models[spec] = Model(spec, listed.handler(), listed.folder, self._capacity)
+                model = Model(spec, listed.handler(), listed.folder, self._capacity, self._forget)
+                self._models[spec] = model
             try:
                 await model.wait(waiter)
             except Abandoned:
                 continue  # it ended for those who had left, not for this one
-            except Refused:
-                # A load that failed is no model; what clients may name must not fill the server's memory.
-                if self._models.get(spec) is model:
-                    del self._models[spec]
-                raise
-            return model
+            else:
+                return model
 
     def status(self) -> list[dict[str, object]]:
         """Give the status entries of all models that are loaded or being loaded, or whose engine died."""
         return [model.status() for model in self._models.values()]
+
+    def _forget(self, model: Model) -> None:
+        # A load that failed is no model; what clients may name must not fill the server's memory.
+        if self._models.get(model.spec) is model:
+            del self._models[model.spec]
 
     async def close(self) -> None:
         """End every load and every engine."""

@@ -185,7 +185,9 @@ class Connection:
     async def _serve(self, id: str, serve: Callable[[str], Coroutine[None, None, None]]) -> None:
         try:
             await serve(id)
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # a panic in Rust code, of the tokenizer or of JSON, is no Exception
             log.exception("session %s: serving a request failed", self.session.id)
         finally:
             self._stops.pop(id, None)

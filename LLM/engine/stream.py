@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued
+from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued, Started
 
 
 class GenerationStream:
@@ -30,6 +30,9 @@ class GenerationStream:
         self._unread: deque[Part] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
+        # What came so far, for an end that the thread could not tell.
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
 
     async def __aenter__(self) -> Self:
         self._enter(self)
@@ -55,6 +58,10 @@ class GenerationStream:
 
     def put(self, part: Part) -> None:
         """Take the engine's next part. The newest joins the unread one before it, and never overtakes it."""
+        if isinstance(part, Started):
+            self.prompt_tokens = part.prompt_tokens
+        elif isinstance(part, Delta):
+            self.completion_tokens += part.n
         last = self._unread[-1] if self._unread else None
         if isinstance(last, Delta) and isinstance(part, Delta):
             self._unread[-1] = Delta(last.text + part.text, last.n + part.n)

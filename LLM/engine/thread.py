@@ -152,6 +152,7 @@ class GenerationEngine(Generic[S]):
 
     def _attach(self, stream: GenerationStream) -> None:
         self._streams[stream.request.key] = stream
+        self._waiting.add(stream)
         if self.dead:
             self._fail(stream)
         else:
@@ -173,9 +174,7 @@ class GenerationEngine(Generic[S]):
         for stream, part in parts:
             if self._streams.get(stream.request.key) is not stream:
                 continue  # abandoned while this part was on its way
-            if isinstance(part, Queued):
-                self._waiting.add(stream)
-            else:
+            if isinstance(part, Started):
                 self._waiting.discard(stream)
             tokens += part.n if isinstance(part, Delta) else 0
             stream.put(part)
@@ -193,7 +192,8 @@ class GenerationEngine(Generic[S]):
             self._fail(stream)
 
     def _fail(self, stream: GenerationStream) -> None:
-        self._deliver([(stream, Finished("error", 0, Timings(0.0), error=STOPPED))])
+        end = Finished("error", stream.prompt_tokens, Timings(0.0), stream.completion_tokens, error=STOPPED)
+        self._deliver([(stream, end)])
 
 
 class _Worker:
@@ -209,11 +209,9 @@ class _Worker:
         self._inbox = inbox
         self._send = post
         self._parts: _Post = []
-        self._closed = False
 
     def run(self) -> None:
-        while not self._closed:
-            self._read_inbox()
+        while not self._read_inbox():
             batch = self._scheduler.next_batch()
             self._announce(batch)
             if batch:
@@ -234,7 +232,7 @@ class _Worker:
             for part, token_id in zip(batch, token_ids, strict=True):
                 try:
                     self._advance(part, token_id)
-                except Exception:
+                except BaseException:  # a panic in the tokenizer's Rust code is no Exception
                     log.exception("one request's tokens could not be made text; ending that request")
                     self._finish(part.sequence.request.key, "error", FAILED)
         self._post()
@@ -262,9 +260,9 @@ class _Worker:
         self._parts += [(self._answers[key].stream, Queued(position)) for key, position in self._scheduler.moved()]
         self._post()
 
-    def _read_inbox(self) -> None:
-        """Take every message there is; wait for one only when there is nothing else to do."""
-        wait = self._scheduler.idle
+    def _read_inbox(self) -> bool:
+        """Take every message there is, waiting for one only when there is nothing else to do; true if it is to end."""
+        closed, wait = False, self._scheduler.idle
         while wait or not self._inbox.empty():
             wait = False
             message = self._inbox.get()
@@ -274,7 +272,8 @@ class _Worker:
                 case _Cancel(key):
                     self._finish(key, "cancelled")
                 case _Close():
-                    self._closed = True
+                    closed = True
+        return closed
 
     def _add(self, stream: GenerationStream) -> None:
         request = stream.request
