@@ -20,12 +20,10 @@ FOLLOWERS = {
 }
 OF_LOAD = {"loading", "ready"}
 OF_GENERATION = {"queued", "started", "prefill", "token", "done"}
-# Errors that answer a message and leave what is open alone; the other codes may also end a load.
-REFUSALS = {"bad_message", "duplicate_id", "model_not_found", "overloaded"}
 FINISH_REASONS = {"stop", "length", "cancelled", "timeout", "shutdown", "error"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Asked:
     """One init or generate that was sent, and what came of it."""
 
@@ -50,6 +48,7 @@ class Checker:
         # For each id what was sent and has no end yet, oldest first: the first is open, the others are duplicates or early.
         self.open: dict[str, list[Asked]] = {}
         self.unnamed: list[Asked] = []
+        self._to_be_named: list[Asked] = []
         self.texts: dict[str, str] = {}
         self.dones: list[dict[str, Any]] = []
         self.ended: list[Asked] = []
@@ -66,8 +65,12 @@ class Checker:
         elif not isinstance(kind, str) or not (id is None or (isinstance(id, str) and 1 <= len(id) <= 128)):
             self._nameless += 1
         elif kind in ("generate", "init"):
-            line = self.unnamed if id is None else self.open.setdefault(id, [])
-            line.append(Asked(serial, message))
+            asked = Asked(serial, message)
+            if id is None:
+                self.unnamed.append(asked)
+                self._to_be_named.append(asked)
+            else:
+                self.open.setdefault(id, []).append(asked)
         elif kind == "cancel":
             self._cancels.append((serial, id))
             for asked in self._pending(id):
@@ -96,8 +99,11 @@ class Checker:
 
     def quiet(self) -> None:
         """Object if anything that was asked has no end yet."""
-        assert not self.open, f"without an end: {self.open}"
-        assert not self.unnamed, f"without an end: {self.unnamed}"
+        assert not self.open_questions(), f"without an end: {self.open_questions()}"
+
+    def open_questions(self) -> list[Any]:
+        """Give what was asked and has no end yet."""
+        return [*self._pending(None), *self._statuses]
 
     def _of_open_id(self, kind: str, frame: dict[str, Any]) -> None:
         asked = self._asked(kind, frame)
@@ -124,14 +130,19 @@ class Checker:
         assert isinstance(id, str), f"a frame without id: {frame}"
         wanted = "init" if kind in OF_LOAD else "generate"
         if id not in self.open and id.startswith("auto-"):
-            asked = next((a for a in self.unnamed if a.kind == wanted), None)
-            assert asked, f"a frame for nothing that was asked: {frame}"
-            self.unnamed.remove(asked)
-            self.open[id] = [asked]
+            self._name(id, wanted)
         assert id in self.open, f"a frame for an id that is not open: {frame}"
         asked = self.open[id][0]
         assert asked.kind == wanted, f"{kind} answers {asked.message}"
         return asked
+
+    def _name(self, id: str, wanted: str) -> None:
+        # Ids are assigned in the order of reading, but pass by those the client uses itself.
+        nth = self._to_be_named[int(id.removeprefix("auto-")) - 1 :]
+        asked = next((a for a in [*nth, *self.unnamed] if a in self.unnamed and a.kind == wanted), None)
+        assert asked, f"a frame for nothing that was asked: {id}"
+        self.unnamed.remove(asked)
+        self.open[id] = [asked]
 
     def _token(self, asked: Asked, frame: dict[str, Any]) -> None:
         assert asked.message.get("stream") is not False, f"a token of an answer that was not to be streamed: {frame}"
@@ -160,13 +171,10 @@ class Checker:
         if code == "not_active":
             self._not_active(id, frame)
         elif id is not None:
+            if id not in self.open and id.startswith("auto-"):
+                self._name(id, "init")
             assert id in self.open, f"an error about nothing that was sent: {frame}"
-            first, *others = self.open[id]
-            # A refusal answers the newcomer beside the open one; anything else ends the open one, which must be a load.
-            beside = others and code in (REFUSALS if first.kind == "init" else REFUSALS | {"unsupported"})
-            assert beside or code != "duplicate_id", f"a duplicate of nothing: {frame}"
-            assert beside or first.kind == "init", f"an error ended a generation: {frame}"
-            self._end(id, 1 if beside else 0)
+            self._end(id, self._place_of_error(self.open[id], code, frame))
         elif code not in ("bad_json", "unknown_type"):
             if code == "bad_message" and self._nameless:
                 self._nameless -= 1
@@ -174,6 +182,19 @@ class Checker:
             refused = next((asked for asked in self.unnamed if asked.kind == "init"), None)
             assert refused, f"an error about nothing that was sent: {frame}"
             self.unnamed.remove(refused)
+            self._to_be_named.remove(refused)
+
+    def _place_of_error(self, line: list[Asked], code: str, frame: dict[str, Any]) -> int:
+        # An error answers a newcomer behind the open one and leaves that alone, or it ends the open one: only a load.
+        first, *others = line
+        if code == "model_not_found":
+            inits = [place for place, asked in enumerate(line) if asked.kind == "init" and asked.last == "nothing"]
+            assert inits, f"no init can have asked for this: {frame}"
+            return inits[0]
+        beside = others and (code in ("bad_message", "duplicate_id") or (code == "unsupported" and first.kind == "generate"))
+        assert beside or code != "duplicate_id", f"a duplicate of nothing: {frame}"
+        assert beside or first.kind == "init", f"an error ended a generation: {frame}"
+        return 1 if beside else 0
 
     def _not_active(self, id: str | None, frame: dict[str, Any]) -> None:
         # A cancel found nothing only if all that was sent before it had its end, and those ends came before this.

@@ -19,6 +19,7 @@ from wsserver.server import Server
 
 ECHO = "wsserver/echo"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PATIENCE = 30.0  # seconds without a frame after which a test fails instead of hanging
 
 
 class Client:
@@ -51,7 +52,8 @@ class Client:
 
     async def receive(self) -> dict[str, Any]:
         """Give the next frame of any kind."""
-        frame = self.checker.received(await self.socket.recv(decode=True))
+        async with asyncio.timeout(PATIENCE):
+            frame = self.checker.received(await self.socket.recv(decode=True))
         self.frames.append(frame)
         return frame
 
@@ -61,6 +63,11 @@ class Client:
             frame = await self.receive()
             if frame["type"] in kinds and id in (None, frame.get("id")):
                 return frame
+
+    async def done(self, id: str) -> dict[str, Any]:
+        """Give the `done` of an id, received already or still to come."""
+        received = self.of(id, "done")
+        return received[-1] if received else await self.until("done", id=id)
 
     async def generate(self, **fields: Any) -> dict[str, Any]:
         """Run one generation to its end; give its `done`, with the joined text of its token frames in "joined"."""

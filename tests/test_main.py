@@ -1,0 +1,311 @@
+"""The command line as its user sees it: processes, their output, their signals and their exit codes."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import jsonschema
+import orjson
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from LLM.errors import Refused
+from LLM.model_service import ModelService
+from tests.conftest import ECHO, Client
+from tests.scripted import ScriptedModel, closing_code, put
+from wsserver import __main__ as main_module
+from wsserver import protocol
+from wsserver.config import Config
+from wsserver.server import Server
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "wsserver"]
+ON_ECHO = ["--model", ECHO, "--port", "0"]
+LONG = {"prompt": "x" * 100, "ignore_eos": True, "max_tokens": 60_000}
+
+
+class Process:
+    """A running server: where it says it serves, and what it has written."""
+
+    def __init__(self, process: asyncio.subprocess.Process, stderr: Path) -> None:
+        self.process = process
+        self.said: list[str] = []
+        self._stderr = stderr
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    @property
+    def url(self) -> str:
+        return self.said[0].rpartition(" ")[2]
+
+    async def says(self) -> str:
+        assert self.process.stdout
+        self.said.append((await self.process.stdout.readline()).decode().rstrip("\n"))
+        return self.said[-1]
+
+    async def ends(self) -> int:
+        while await self.says():
+            pass
+        return await self.process.wait()
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        async with connect(self.url, compression=None) as socket:
+            yield Client(socket)
+
+
+@contextlib.asynccontextmanager
+async def process(tmp_path: Path, *command: str, **environment: str) -> AsyncIterator[Process]:
+    stderr = tmp_path / "stderr"
+    with stderr.open("wb") as file:
+        started = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, stderr=file, cwd=ROOT, env=os.environ | environment
+        )
+    try:
+        yield Process(started, stderr)
+    finally:
+        if started.returncode is None:
+            started.kill()
+        await started.wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path, *options: str) -> AsyncIterator[Process]:
+    async with process(tmp_path, *COMMAND, *ON_ECHO, *options) as running:
+        assert re.fullmatch(rf"serving {ECHO} \(none on cpu\) at ws://127\.0\.0\.1:[0-9]+/ws", await running.says())
+        await running.says()
+        yield running
+
+
+# Serving.
+
+
+async def test_it_says_where_it_serves_and_how_to_try_it_and_answers(tmp_path: Path):
+    async with serving(tmp_path) as running, running.client() as client:
+        message, url = re.fullmatch(r"try:  echo '(\{.*\})' \| websocat -n (ws://\S+)", running.said[1]).groups()
+        assert url == running.url
+        await client.send(**json.loads(message))
+        done = await client.until("done")
+        assert client.checker.texts[done["id"]] == json.loads(message)["prompt"]
+
+
+async def test_the_environment_sets_what_the_command_line_leaves_open(tmp_path: Path):
+    environment = {"WSSERVER_MODEL": ECHO, "WSSERVER_PORT": "1", "WSSERVER_MAX_ACTIVE": "3"}
+    async with process(tmp_path, *COMMAND, "--port", "0", **environment) as running:
+        assert await running.says()
+        async with running.client() as client:
+            await client.send(type="init", id="i")
+            assert (await client.until("ready"))["limits"]["max_active"] == 3
+
+
+async def test_torch_is_not_imported_while_only_echo_is_served(tmp_path: Path):
+    async with process(tmp_path, sys.executable, "-X", "importtime", "-m", "wsserver", *ON_ECHO) as running:
+        assert await running.says()
+        async with running.client() as client:
+            await client.generate(prompt="hi")
+        running.signal()
+        assert await running.ends() == 0
+        imported = {line.rpartition("|")[2].strip() for line in running.stderr.splitlines()}
+        assert {"wsserver.server", "LLM.engine.thread"} <= imported
+        assert {name for name in imported if name.partition(".")[0] in ("torch", "transformers", "numpy")} == set()
+
+
+# Stopping.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_an_idle_server_and_closes_its_clients(tmp_path: Path, number: int):
+    async with serving(tmp_path) as running, running.client() as client:
+        await client.send(type="status")
+        await client.until("status")
+        running.signal(number)
+        await client.until("goaway")
+        assert await closing_code(client) == 1012
+        assert await running.ends() == 0
+        assert "Traceback" not in running.stderr
+
+
+async def test_a_signal_lets_what_runs_and_waits_come_to_its_end(tmp_path: Path):
+    async with serving(tmp_path, "--max-active", "1", "--drain-timeout", "60") as running, running.client() as client:
+        for id in "abc":
+            await client.send(type="generate", id=id, **LONG | {"max_tokens": 20_000})
+        await client.until("token", id="a")
+        running.signal()
+        assert (await client.until("goaway"))["deadline_ms"] == 60_000
+        while len(client.checker.dones) < 3:
+            await client.until("done")
+        assert {done["id"]: done["finish_reason"] for done in client.checker.dones} == dict.fromkeys("abc", "length")
+        assert await closing_code(client) == 1012
+        assert await running.ends() == 0
+
+
+async def test_what_is_not_done_by_the_deadline_is_shut_down(tmp_path: Path):
+    async with serving(tmp_path, "--max-active", "1", "--drain-timeout", "0") as running, running.client() as client:
+        for id in "abcdefgh":
+            await client.send(type="generate", id=id, **LONG)
+        await client.until("token", id="a")
+        running.signal()
+        await client.until("goaway")
+        while len(client.checker.dones) < 8:
+            await client.until("done")
+        assert client.checker.dones[-1]["finish_reason"] == "shutdown"
+        assert await closing_code(client) == 1012
+        assert await running.ends() == 0
+
+
+async def test_a_second_signal_ends_the_process_where_it_stands(tmp_path: Path):
+    async with serving(tmp_path, "--max-active", "1", "--drain-timeout", "600") as running, running.client() as client:
+        for i in range(100):
+            await client.send(type="generate", id=str(i), **LONG)
+        running.signal()
+        await client.until("goaway")
+        running.signal()
+        assert await running.ends() == 1
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.until("nothing comes any more")
+        assert closed.value.rcvd is None
+        assert len(client.checker.dones) < 100
+
+
+# Not starting.
+
+
+async def failed(tmp_path: Path, *options: str) -> tuple[int, str]:
+    async with process(tmp_path, *COMMAND, *options) as running:
+        code = await running.ends()
+        assert running.said == [""], "it said that it serves"
+        return code, running.stderr
+
+
+async def test_a_port_in_use_is_told_in_one_line(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, stderr = await failed(tmp_path, "--model", ECHO, "--port", str(port))
+    assert code == 1
+    assert re.fullmatch(rf"wsserver: .*{port}.*address already in use\n", stderr)
+
+
+async def test_an_unknown_model_is_told_in_one_line_with_those_there_are(tmp_path: Path):
+    code, stderr = await failed(tmp_path, "--model", "../../etc", "--port", "0")
+    assert code == 1
+    assert re.fullmatch(rf"wsserver: --model: .*{ECHO}.*\n", stderr)
+
+
+async def test_an_address_that_is_not_ours_is_told_in_one_line(tmp_path: Path):
+    code, stderr = await failed(tmp_path, "--model", ECHO, "--port", "0", "--host", "192.0.2.1")
+    assert code == 1
+    assert re.fullmatch(r"wsserver: .*192\.0\.2\.1.*\n", stderr)
+
+
+async def test_a_bad_option_is_told_with_the_usage(tmp_path: Path):
+    code, stderr = await failed(tmp_path, "--port", "seventy")
+    assert code == 2
+    assert stderr.startswith("usage: wsserver")
+    assert "--port: 'seventy' is no port" in stderr.splitlines()[-1]
+
+
+# Other commands.
+
+
+@pytest.mark.parametrize("command", [COMMAND, [str(Path(sys.executable).parent / "wsserver")]], ids=["module", "installed"])
+async def test_schema_prints_the_json_schema_of_all_messages(tmp_path: Path, command: list[str]):
+    async with process(tmp_path, *command, "schema") as running:
+        printed, _ = await running.process.communicate()
+        assert await running.process.wait() == 0
+    schema = orjson.loads(printed)
+    assert schema == orjson.loads(orjson.dumps(protocol.schema()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate({"type": "generate", "prompt": "hi"}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"type": "generate", "prompt": 5}, schema)
+
+
+async def test_help_names_every_option_and_the_environment(tmp_path: Path):
+    async with process(tmp_path, *COMMAND, "--help") as running:
+        printed, _ = await running.process.communicate()
+        assert await running.process.wait() == 0
+    text = printed.decode()
+    for option in ("host", "port", "model", "device", "dtype", "max-active", "drain-timeout", "log-level"):
+        assert f"--{option} " in text
+    assert "WSSERVER_MAX_ACTIVE" in text
+
+
+# While the default model loads.
+
+
+class Serving:
+    """`serve` in this process, with a scripted default model; its load stands until it is let on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = ScriptedModel()
+        self.model.load_gate.shut()
+        self.servers: list[Server] = []
+        serving = self
+
+        class Models(ModelService):
+            def __init__(self, *args: object) -> None:
+                super().__init__(*args)  # type: ignore[arg-type]
+                put(self, ECHO, serving.model)
+
+        class Watched(Server):
+            def __init__(self, *args: object) -> None:
+                super().__init__(*args)  # type: ignore[arg-type]
+                serving.servers.append(self)
+
+        monkeypatch.setattr(main_module, "ModelService", Models)
+        monkeypatch.setattr(main_module, "Server", Watched)
+
+    async def start(self, drain_timeout: float = 60) -> "asyncio.Task[None]":
+        config = Config(port=0, model=ECHO, drain_timeout=drain_timeout)
+        task = asyncio.create_task(main_module.serve(config))
+        await self.model.in_load_stage(1)
+        return task
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Serving:
+    return Serving(monkeypatch)
+
+
+async def test_a_signal_during_the_first_load_ends_the_server(loading: Serving, capsys: pytest.CaptureFixture[str]):
+    served = await loading.start()
+    signal.raise_signal(signal.SIGTERM)
+    await served
+    assert capsys.readouterr().out == "stopping: running generations may finish\n"
+    loading.model.open()
+
+
+async def test_a_client_that_waits_for_the_first_load_is_told_of_the_end(loading: Serving):
+    served = await loading.start(drain_timeout=0)
+    async with connect(f"ws://127.0.0.1:{loading.servers[0].port}/ws") as socket:
+        client = Client(socket)
+        await client.send(type="generate", id="g", prompt="hi")
+        await client.until("queued")
+        signal.raise_signal(signal.SIGTERM)
+        await client.until("goaway")
+        assert (await client.until("done"))["finish_reason"] == "shutdown"
+        assert await closing_code(client) == 1012
+    await served
+    loading.model.open()
+
+
+async def test_a_first_load_that_fails_ends_the_server(loading: Serving, capsys: pytest.CaptureFixture[str]):
+    loading.model.load_errors.append(Refused("load_failed", "the folder is empty"))
+    served = await loading.start()
+    loading.model.open()
+    with pytest.raises(Refused, match="the folder is empty"):
+        await served
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,203 @@
+import asyncio
+import gc
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from LLM import model_srv_huggingfacetb_smollm2_135m_instruct as smollm2
+from LLM._base_model_handler import BaseModelHandler, LoadOptions
+from LLM.errors import Refused
+from LLM.model import Waiter
+from LLM.model_service import ModelService, drop_in_name, list_models
+from tests.conftest import ECHO, eventually
+from tests.scripted import ScriptedModel, put
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[ModelService]:
+    service = ModelService(ECHO, LoadOptions(), capacity=2)
+    try:
+        yield service
+    finally:
+        await service.close()
+
+
+@pytest.fixture
+def model(service: ModelService) -> Iterator[ScriptedModel]:
+    model = put(service, ECHO)
+    yield model
+    model.open()
+
+
+def ask(service: ModelService, waiter: Waiter | None = None) -> "asyncio.Task[object]":
+    return asyncio.create_task(service.get(service.resolve(), waiter or Waiter()))
+
+
+def add_folder(root: Path, name: str) -> None:
+    (root / name).mkdir(parents=True)
+    (root / name / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("model_id", "module"),
+    [
+        ("mistralai/Mistral-7B-Instruct-v0.3", "model_srv_mistralai_mistral_7b_instruct_v0_3"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "model_srv_huggingfacetb_smollm2_135m_instruct"),
+        ("wsserver/echo", "model_srv_wsserver_echo"),
+        ("a/B--1.0+", "model_srv_a_b_1_0"),
+    ],
+)
+def test_a_drop_ins_file_name_is_its_model_id(model_id: str, module: str) -> None:
+    assert drop_in_name(model_id) == module
+
+
+def test_a_listing_holds_folders_with_a_config_and_drop_ins_that_need_none(tmp_path: Path) -> None:
+    add_folder(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    add_folder(tmp_path, "vendor/unknown-model")
+    add_folder(tmp_path, "too/deep/for-a-model")
+    (tmp_path / "vendor" / "no-config").mkdir()
+    (tmp_path / "vendor" / "config.json").write_text("{}")
+    listing = list_models(tmp_path)
+    assert listing.keys() == {ECHO, "HuggingFaceTB/SmolLM2-135M-Instruct", "vendor/unknown-model"}
+    assert listing["vendor/unknown-model"].handler is BaseModelHandler
+    assert listing["vendor/unknown-model"].folder == tmp_path / "vendor" / "unknown-model"
+    assert listing["HuggingFaceTB/SmolLM2-135M-Instruct"].handler is smollm2.ModelHandler
+
+
+@pytest.mark.parametrize("name", ["../../etc", "vendor", "vendor/unknown-model/", "", "VENDOR/UNKNOWN-MODEL", "vendor/*"])
+def test_a_name_is_only_ever_looked_up(tmp_path: Path, name: str) -> None:
+    add_folder(tmp_path, "vendor/unknown-model")
+    service = ModelService(ECHO, LoadOptions(), 1, tmp_path)
+    with pytest.raises(Refused, match="it has: vendor/unknown-model, wsserver/echo") as refused:
+        service.resolve(name)
+    assert refused.value.reason == "model_not_found"
+
+
+def test_a_default_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no such model"):
+        ModelService("vendor/model", LoadOptions(), 1, tmp_path)
+
+
+def test_what_a_client_leaves_out_is_the_servers_choice() -> None:
+    service = ModelService(ECHO, LoadOptions("bfloat16", "cuda:1", "int8"), 1)
+    assert service.resolve().model == ECHO
+    assert service.resolve().options == LoadOptions("bfloat16", "cuda:1", "int8")
+    assert service.resolve(dtype="float32", device="cpu").options == LoadOptions("float32", "cpu", "int8")
+    assert service.resolve(quantization="none").options == LoadOptions("bfloat16", "cuda:1", "none")
+
+
+async def test_all_who_ask_share_one_load(service: ModelService, model: ScriptedModel) -> None:
+    models = await asyncio.gather(*(ask(service) for _ in range(5)))
+    assert len(set(map(id, [*models, await ask(service)]))) == 1
+    assert model.loads == 1
+
+
+async def test_another_precision_is_another_model(service: ModelService, model: ScriptedModel) -> None:
+    await service.get(service.resolve(dtype="float32"), Waiter())
+    await service.get(service.resolve(dtype="bfloat16"), Waiter())
+    assert model.loads == 2
+    assert len(service.status()) == 2
+
+
+async def test_progress_is_told_to_all_who_wait_and_positions_to_those_in_line(
+    service: ModelService, model: ScriptedModel
+) -> None:
+    model.load_gate.shut()
+    stages: list[str] = []
+    positions: list[tuple[str, int]] = []
+    tasks = [
+        ask(service, Waiter(on_progress=lambda stage, _: stages.append(stage))),
+        *(ask(service, Waiter(on_position=lambda at, name=name: positions.append((name, at)))) for name in "ab"),
+    ]
+    await model.in_load_stage(1)
+    assert positions == [("a", 1), ("b", 2)]
+    tasks[1].cancel()
+    await asyncio.wait([tasks[1]])
+    assert positions == [("a", 1), ("b", 2), ("b", 1)]
+    model.open()
+    await asyncio.gather(tasks[0], tasks[2])
+    assert stages == ["config", "weights", "warmup"]
+    assert len(positions) == 3
+
+
+async def test_a_load_that_lost_its_last_waiter_ends_at_its_next_report_and_is_forgotten(
+    service: ModelService, model: ScriptedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    model.load_gate.shut()
+    task = ask(service)
+    await model.in_load_stage(1)
+    task.cancel()
+    await asyncio.wait([task])
+    model.load_gate.let()
+    await eventually(lambda: "gave up loading" in caplog.text)
+    assert model.load_stages == 1
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    await eventually(lambda: service.status() == [])
+
+
+async def test_who_comes_before_an_abandoned_load_has_noticed_takes_it_over(
+    service: ModelService, model: ScriptedModel
+) -> None:
+    model.load_gate.shut()
+    first = ask(service)
+    await model.in_load_stage(1)
+    first.cancel()
+    await asyncio.wait([first])
+    positions: list[int] = []
+    second = ask(service, Waiter(on_position=positions.append))
+    await eventually(lambda: positions == [1])
+    model.open()
+    await second
+    assert model.loads == 1
+
+
+async def test_a_failed_load_is_forgotten_and_tried_again(service: ModelService, model: ScriptedModel) -> None:
+    model.load_errors += [OSError("disk"), Refused("unsupported", "not on this machine")]
+    with pytest.raises(Refused) as refused:
+        await ask(service)
+    assert refused.value.reason == "load_failed"
+    assert "disk" not in refused.value.message
+    assert service.status() == []
+    with pytest.raises(Refused, match="not on this machine"):
+        await ask(service)
+    await ask(service)
+    assert model.loads == 3
+
+
+async def test_all_who_wait_for_a_load_that_fails_are_told(service: ModelService, model: ScriptedModel) -> None:
+    model.load_gate.shut()
+    tasks = [ask(service) for _ in range(3)]
+    await model.in_load_stage(1)
+    model.load_errors.append(OSError("disk"))
+    model.open()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [Refused] * 3
+    assert model.loads == 1
+
+
+async def test_a_load_does_not_stop_the_loop(service: ModelService, model: ScriptedModel) -> None:
+    model.load_gate.shut()
+    task = ask(service)
+    await model.in_load_stage(1)  # the loop runs while the load stands still
+    assert service.status()[0]["state"] == "loading"
+    model.open()
+    await task
+    assert service.status()[0]["state"] == "ready"
+
+
+async def test_closing_ends_a_load_in_the_middle(service: ModelService, model: ScriptedModel) -> None:
+    threads = set(threading.enumerate())
+    model.load_gate.shut()
+    task = ask(service)
+    await model.in_load_stage(1)
+    await service.close()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    model.load_gate.open()
+    await eventually(lambda: set(threading.enumerate()) <= threads)
+    assert model.load_stages == 1
