@@ -1,6 +1,7 @@
 """The documents tell the truth: examples decode, tables agree with the code, snippets are the tested files."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from tests.conftest import running
 from wsserver import protocol
+from wsserver.config import Config
 from wsserver.protocol import CloseCode, ErrorCode, FinishReason, Generate, Init, ServerMessage
 from wsserver.session import Session
 
@@ -108,6 +110,19 @@ def test_the_limits_that_protocol_md_names_are_those_of_the_code() -> None:
     bound = Session.__dataclass_fields__["max_bad_messages"].default
     assert f"{bound + 1} bad messages in a row" in PROTOCOL
     assert protocol.SUBPROTOCOL in PROTOCOL
+
+
+def test_the_options_that_the_readme_lists_are_those_there_are() -> None:
+    listed = set(re.findall(r"^\| `(--[a-z-]+)` \| `([A-Z_]+)` \| `(.*?)` \|$", README, re.MULTILINE))
+    names = {f.name: str(f.default) for f in dataclasses.fields(Config)}
+    assert listed == {(f"--{n.replace('_', '-')}", f"WSSERVER_{n.upper()}", default) for n, default in names.items()}
+
+
+def test_the_map_in_the_readme_names_every_file() -> None:
+    for package in ("wsserver", "handlers", "LLM", "LLM/engine"):
+        for path in (ROOT / package).glob("*.py"):
+            if path.name != "__init__.py" and not path.name.startswith("model_srv_"):
+                assert re.search(rf"\b{path.name}\b", README), f"{path} is not on the map"
 
 
 def test_the_python_example_in_the_readme_is_the_file_that_is_run() -> None:
