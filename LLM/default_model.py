@@ -25,7 +25,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def install(root: Path = ROOT) -> bool:
     """Make the default model's folder under `root`; False if it is there already."""
     folder = root / MODEL_ID
-    if folder.exists():
+    if (folder / "config.json").exists():
         return False
     work = root / ".partial"
     shutil.rmtree(work, ignore_errors=True)

@@ -152,6 +152,9 @@ async def test_an_error_repeats_nothing_of_a_broken_message_but_names_what_there
         assert all(kind in error["message"] for kind in ("init", "generate", "cancel", "status"))
 
 
+LATE = b'{"type":"generate","id":"late","prompt":"hello"}'
+
+
 def frame(opcode: Opcode, data: bytes) -> bytes:
     return Frame(opcode, data).serialize(mask=True)
 
@@ -322,6 +325,21 @@ async def test_a_slow_reader_that_never_reads_again_is_cut_off(
         client.socket.transport.resume_reading()
         with pytest.raises(ConnectionClosed):
             await client.until("nothing comes any more")
+
+
+async def test_what_comes_after_the_message_that_closes_is_not_served(stage: tuple[Running, ScriptedModel]) -> None:
+    server, model = stage
+    model.open()
+    async with server.client() as other, slow_client(server) as client:
+        client.socket.transport.pause_reading()
+        await client.send(type="generate", id="unread", prompt=WIDE * 60)
+        await model.freed_of("unread")
+        client.socket.transport.write(frame(Opcode.BINARY, b"") + frame(Opcode.TEXT, LATE))
+        for _ in range(5):
+            assert (await other.generate(id="g", prompt="hello"))["joined"] == "hello"
+        assert not model.steps_of("late")
+        client.socket.transport.resume_reading()
+        assert await closing_code(client) == 1003
 
 
 class Panic(BaseException):

@@ -9,9 +9,10 @@ from typing import Any
 
 DESCRIPTION = "Streams a language model's tokens over a WebSocket, with a stop button that really stops."
 EPILOG = """\
-Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE, and so on; the command line wins.
-Models are folders LLM/<vendor>/<model>/ in the usual Hugging Face layout, named by <vendor>/<model>.
-The messages are described in protocol.md; "wsserver schema" prints their JSON Schema.
+Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE,
+and so on; the command line wins. Models are folders LLM/<vendor>/<model>/ in
+the usual Hugging Face layout, named by <vendor>/<model>. The messages are described in
+protocol.md; "wsserver schema" prints their JSON Schema.
 """
 
 
