@@ -26,5 +26,5 @@ EXPOSE 41443
 # Inside a container the loopback address reaches nobody; who may reach the published port is `docker run -p`'s to say.
 ENV WSSERVER_HOST=0.0.0.0
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:41443/healthz', timeout=2)"]
-# SIGTERM drains; docker stop waits 10 seconds by default, as the server does.
-CMD ["wsserver", "--drain-timeout", "8"]
+# SIGTERM drains. docker stop kills after 10 seconds: a short drain leaves time to say goodbye; longer ones need --stop-timeout.
+CMD ["wsserver", "--drain-timeout", "4"]

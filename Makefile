@@ -37,6 +37,7 @@ clean:
 
 # The stamps are written last, so that an interrupted install is done again.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "making .venv; this takes a few minutes once"
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable .

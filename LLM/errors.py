@@ -8,9 +8,13 @@ Reason = Literal[
 
 
 class Refused(Exception):
-    """A request that cannot be served; `message` says what was wrong and what to do, in words fit for any client."""
+    """A request that cannot be served.
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    `message` says what was wrong and what to do, in words fit for any client; `field` names what of the request it is about.
+    """
+
+    def __init__(self, reason: Reason, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.reason: Reason = reason
         self.message = message
+        self.field = field

@@ -28,8 +28,6 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
         Refused: `unsupported` for options this machine cannot serve, `load_failed` for a folder that cannot be loaded.
     """
     transformers_logging.disable_progress_bar()
-    if options.quantization != "none":
-        raise Refused("unsupported", '$.quantization: only "none" is served so far')
     device = _device(options.device)
     if device.type == "cpu":
         # One core stays free for the event loop: decoding on all of them makes every frame late.
@@ -82,7 +80,7 @@ def _device(name: str) -> torch.device:
         device = torch.device("cuda", device.index or 0)
         if device.index >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise Refused("unsupported", f'$.device: this server has {count} CUDA devices, not {device}; send "auto"')
+            raise Refused("unsupported", f'this server has {count} CUDA devices, not {device}; take "auto"', "device")
     return device
 
 
@@ -123,8 +121,8 @@ def _chat_template(tokenizer: Any) -> Callable[[Sequence[ChatMessage]], str] | N
                 list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
             )
         except (TemplateError, ValueError) as error:
-            why = f"$.messages: the model's chat template refuses this conversation: {error}"
-            raise Refused("bad_message", why) from error
+            why = f"the model's chat template refuses this conversation: {error}"
+            raise Refused("bad_message", why, "messages") from error
         return text
 
     return render

@@ -65,12 +65,13 @@ class Model:
         on_failed_load: "Callable[[Model], None]",
     ) -> None:
         self.spec = spec
-        self.engine: GenerationEngine[LoadedModel] = GenerationEngine(capacity)
+        self.engine = GenerationEngine(capacity)
         self._handler = handler
         self._folder = folder
         self._loaded: LoadedModel | None = None
         self._stage, self._progress = "config", 0.0
         self._waiters: list[Waiter] = []
+        self._telling = False
         self._on_failed_load = on_failed_load
         self._load = asyncio.create_task(self._load_on_engine())
         self._load.add_done_callback(self._load_ended)
@@ -89,11 +90,11 @@ class Model:
         """
         self._waiters.append(waiter)
         try:
-            self._tell_positions()
+            self._line_moved()
             await asyncio.shield(self._load)
         finally:
             self._waiters.remove(waiter)
-            self._tell_positions()
+            self._line_moved()
 
     async def request(
         self, key: Hashable, prompt: str | Sequence[ChatMessage], options: GenerationOptions
@@ -160,7 +161,7 @@ class Model:
             log.info("gave up loading %s: nobody waits for it any more", self.spec.model)
             raise
         except Refused as error:
-            log.error("cannot load %s: %s", self.spec.model, error, exc_info=error.__cause__)
+            log.error("cannot load %s: %s", self.spec.model, error.message, exc_info=error.__cause__)
             raise
         except asyncio.CancelledError:
             raise
@@ -185,7 +186,14 @@ class Model:
     def _line(self) -> list[Waiter]:
         return [waiter for waiter in self._waiters if waiter.on_position]
 
+    def _line_moved(self) -> None:
+        # Once a turn of the loop: many who leave together must not each have everybody behind them told.
+        if not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell_positions)
+
     def _tell_positions(self) -> None:
+        self._telling = False
         if self._load.done():
             return  # nobody waits any more, they only have not been woken yet
         for position, waiter in enumerate(self._line(), 1):

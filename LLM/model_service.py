@@ -15,6 +15,8 @@ from LLM.errors import Refused
 from LLM.model import Abandoned, Model, ModelSpec, Waiter
 
 MODELS_ROOT = Path(__file__).parent
+# Each has a thread and its weights, and one model loaded in two ways is two: what clients may ask for must have an end.
+MAX_MODELS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,14 @@ class ModelService:
         """Say which model a client means; None takes the server's default.
 
         Raises:
-            Refused: `model_not_found`, naming those there are.
+            Refused: `model_not_found`, naming those there are, or `unsupported`.
         """
         name = self._default if model is None else model
         if name not in self.listing:
             there = ", ".join(sorted(self.listing)) or "none"
-            raise Refused("model_not_found", f"$.model: this server has no such model; it has: {there}")
+            raise Refused("model_not_found", f"this server has no such model; it has: {there}", "model")
+        if quantization not in (None, "none"):
+            raise Refused("unsupported", 'only "none" is served so far', "quantization")
         default = self._options
         options = LoadOptions(dtype or default.dtype, device or default.device, quantization or default.quantization)
         return ModelSpec(name, options)
@@ -65,6 +69,9 @@ class ModelService:
         while True:
             model = self._models.get(spec)
             if model is None or model.failed:
+                if len(self._models) >= MAX_MODELS and model is None:
+                    message = f"{MAX_MODELS} models are loaded already, which is all this server holds; use one of them"
+                    raise Refused("overloaded", message)
                 listed = self.listing[spec.model]
                 model = Model(spec, listed.handler(), listed.folder, self._capacity, self._forget)
                 self._models[spec] = model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions, Progress
+from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions, Progress, encode
 from LLM.engine.scheduler import Slice
 
 END = 256  # the token after the 256 bytes
@@ -47,4 +47,4 @@ class ModelHandler(BaseModelHandler):
 
     def encode_chat(self, model: LoadedModel, messages: Sequence[ChatMessage]) -> list[int]:
         """Give the last message's bytes."""
-        return model.tokenizer.encode(messages[-1]["content"]).ids
+        return encode(model.tokenizer, messages[-1]["content"])

@@ -1,9 +1,10 @@
 """`generate`: from a message to a generation request, and from its parts to frames."""
 
 import time
+from dataclasses import fields
 from functools import partial
 
-from handlers.waiting import Stopped, chosen_model, until_stopped
+from handlers.waiting import Stopped, chosen_model, in_words, until_stopped
 from LLM._base_model_handler import ChatMessage, GenerationOptions
 from LLM.engine import request as engine
 from LLM.errors import Refused
@@ -30,18 +31,19 @@ def generate(message: Generate, connection: Connection, models: ModelService) ->
     if message.logprobs is not None:
         raise Refusal("unsupported", "$.logprobs: not served yet; leave it out", message.id, answers_with_done=True)
     spec = chosen_model(connection.session.chosen, models, message.id, answers_with_done=True)
-    connection.spawn(message, partial(_serve, message, connection, models, spec))
+    connection.spawn(message, partial(_serve, message, connection, models, spec, time.monotonic()))
 
 
-async def _serve(message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, id: str) -> None:
-    read_at = time.monotonic()
+async def _serve(
+    message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, read_at: float, id: str
+) -> None:
     try:
         model, request = await until_stopped(connection, id, _prepare(message, connection, models, spec, id))
     except Stopped:
         # Whatever this says, the session makes it the done of a stop.
-        connection.send(connection.session.failure(id, "cancelled", "stopped before it began"))
+        connection.send(connection.session.failure(id, "cancelled", "stopped before it began", _ms_since(read_at)))
     except Refused as refused:
-        connection.send(connection.session.failure(id, refused.reason, refused.message))
+        connection.send(connection.session.failure(id, refused.reason, in_words(refused), _ms_since(read_at)))
     else:
         await _stream(message, connection, model, request, _Answer(id, spec.model, read_at))
 
@@ -66,13 +68,12 @@ async def _stream(
         connection.on_stop(answer.id, partial(model.engine.cancel, request.key))
         async for part in stream:
             frame = answer.frame(part)
-            if isinstance(frame, Token) and message.stream is False:
+            if message.stream is False and isinstance(frame, Token):
                 answer.text += frame.text
-            elif isinstance(frame, Done) and message.stream is False:
+                continue
+            if message.stream is False and isinstance(frame, Done):
                 frame.text = answer.text
-                connection.send(frame)
-            else:
-                connection.send(frame)
+            connection.send(frame)
 
 
 def _conversation(message: Generate) -> list[ChatMessage]:
@@ -80,7 +81,7 @@ def _conversation(message: Generate) -> list[ChatMessage]:
 
 
 def _options(message: Generate) -> GenerationOptions:
-    given = {name: getattr(message, name) for name in Generate.SAMPLING}
+    given = {field.name: getattr(message, field.name) for field in fields(engine.Sampling)}
     return GenerationOptions(
         max_tokens=message.max_tokens,
         min_tokens=message.min_tokens or 0,
@@ -134,6 +135,10 @@ class _Answer:
             if end.completion_tokens > 1 and decode > 0:
                 timings.tokens_per_s = round((end.completion_tokens - 1) / decode, 2)
         return timings
+
+
+def _ms_since(then: float) -> float:
+    return _ms(time.monotonic() - then)
 
 
 def _ms(seconds: float) -> float:

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from handlers.waiting import Stopped, chosen_model, until_stopped
+from handlers.waiting import Stopped, chosen_model, in_words, until_stopped
 from LLM.errors import Refused
 from LLM.model import ModelSpec, Waiter
 from LLM.model_service import ModelService
@@ -26,7 +26,7 @@ async def _load(connection: Connection, models: ModelService, spec: ModelSpec, i
     except Stopped:
         connection.send(connection.session.failure(id, "cancelled", "the load was cancelled"))
     except Refused as refused:
-        connection.send(connection.session.failure(id, refused.reason, refused.message))
+        connection.send(connection.session.failure(id, refused.reason, in_words(refused)))
     else:
         session = connection.session
         limits = Limits(max_message_bytes=protocol.MAX_MESSAGE_BYTES, max_active=session.server.max_active)

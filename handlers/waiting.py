@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Coroutine
-from functools import partial
 from typing import Any, TypeVar
 
 from LLM.errors import Refused
@@ -27,7 +26,12 @@ def chosen_model(init: Init, models: ModelService, id: str | None, answers_with_
     try:
         return models.resolve(init.model, init.dtype, init.device, init.quantization)
     except Refused as refused:
-        raise Refusal(refused.reason, refused.message, id, answers_with_done) from None
+        raise Refusal(refused.reason, in_words(refused), id, answers_with_done) from None
+
+
+def in_words(refused: Refused) -> str:
+    """Give the message of a refusal as the protocol has it, the field's path first."""
+    return f"$.{refused.field}: {refused.message}" if refused.field else refused.message
 
 
 async def until_stopped(connection: Connection, id: str, work: Coroutine[Any, Any, T]) -> T:
@@ -37,7 +41,7 @@ async def until_stopped(connection: Connection, id: str, work: Coroutine[Any, An
         Stopped: the id was stopped before the work was done.
     """
     task = asyncio.create_task(work)
-    connection.on_stop(id, partial(_cancel, task))
+    connection.on_stop(id, task.cancel)
     try:
         return await task
     except asyncio.CancelledError:
@@ -46,10 +50,6 @@ async def until_stopped(connection: Connection, id: str, work: Coroutine[Any, An
         if connection.session.is_stopping(id) and not _being_cancelled():
             raise Stopped from None
         raise
-
-
-def _cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
 
 
 def _being_cancelled() -> bool:

@@ -65,8 +65,10 @@ class ScriptedModel(ModelHandler):
     def __init__(self, context_length: int = 65536) -> None:
         self.step_gate = Gate(0)
         self.load_gate = Gate(math.inf)
+        self.encode_gates: dict[str, Gate] = {}  # of some prompts
         self.loads = 0
         self.load_stages = 0  # entered, over all loads
+        self.load_gave_up = threading.Event()
         self.steps: list[list[Slice]] = []
         self.freed: list[Hashable] = []
         # What the next load or prompt raises; what a step raises or says instead, by its number, the first being 1.
@@ -80,8 +82,8 @@ class ScriptedModel(ModelHandler):
 
     def open(self) -> None:
         """Let everything run."""
-        self.step_gate.open()
-        self.load_gate.open()
+        for gate in (self.step_gate, self.load_gate, *self.encode_gates.values()):
+            gate.open()
 
     # The drop-in.
 
@@ -89,7 +91,7 @@ class ScriptedModel(ModelHandler):
         self.loads += 1
         self._steps_before = len(self.steps)
         for number, stage in enumerate(STAGES):
-            progress(stage, number / len(STAGES))
+            self._report(progress, stage, number / len(STAGES))
             self.load_stages += 1
             self.load_gate.enter()
         if self.load_errors:
@@ -98,7 +100,16 @@ class ScriptedModel(ModelHandler):
         loaded.tokenizer.add_tokens([WIDE])
         return replace(loaded, runner=self, context_length=self._context_length)
 
+    def _report(self, progress: Progress, stage: str, done: float) -> None:
+        try:
+            progress(stage, done)
+        except BaseException:
+            self.load_gave_up.set()
+            raise
+
     def encode_prompt(self, model: LoadedModel, prompt: str) -> list[int]:
+        if gate := self.encode_gates.get(prompt):
+            gate.enter()
         if self.encode_errors:
             raise self.encode_errors.pop(0)
         return super().encode_prompt(model, prompt)

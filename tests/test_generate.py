@@ -6,7 +6,7 @@ import pytest
 
 from LLM.engine.scheduler import Slice
 from tests.conftest import Client
-from tests.scripted import in_engine, scripted
+from tests.scripted import Gate, in_engine, scripted
 
 CONTEXT = 65536  # the echo model's
 
@@ -249,6 +249,22 @@ async def test_who_waits_is_told_its_place_and_every_change_of_it() -> None:
         for client, id in ((b, "b2"), (c, "c2")):
             positions = [frame["position"] for frame in client.of(id, "queued")]
             assert positions == sorted(set(positions), reverse=True)
+
+
+async def test_a_place_in_line_that_has_not_changed_is_not_told_again() -> None:
+    async with scripted(loaded=False, max_active=1) as (server, model), server.client() as client:
+        model.load_gate.shut()
+        model.encode_gates["slow"] = Gate(0)
+        for id in ("slow", "quick"):
+            await client.send(type="generate", id=id, prompt=id)
+        assert [(await client.until("queued"))["position"] for _ in range(2)] == [1, 2]
+        model.load_gate.open()
+        await model.in_step_of("quick")
+        model.encode_gates["slow"].open()
+        await in_engine(server, 2)
+        model.open()
+        await client.done("slow")
+        assert [frame["position"] for frame in client.of("slow", "queued")] == [1]
 
 
 async def test_a_full_line_refuses_and_serves_those_in_it() -> None:

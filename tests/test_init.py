@@ -265,6 +265,32 @@ async def test_of_two_inits_the_later_one_counts_even_if_the_earlier_is_ready_la
         assert await started_with(client, "g") == "test/quick"
 
 
+async def test_an_init_that_fails_before_an_earlier_one_is_ready_leaves_the_earlier_ones_model() -> None:
+    async with scripted() as (server, _), server.client() as client:
+        slow = put(server.models, "test/slow")
+        slow.step_gate.open()
+        put(server.models, "test/broken").load_errors.append(OSError("broken"))
+        await begin_load(client, "test/slow", slow)
+        assert (await init(client, "broken", model="test/broken"))["code"] == "load_failed"
+        slow.open()
+        assert (await client.until("ready"))["model"]["id"] == "test/slow"
+        assert await started_with(client, "g") == "test/slow"
+
+
+async def test_an_init_that_fails_leaves_the_last_one_asked_for_not_the_last_one_ready() -> None:
+    async with scripted() as (server, _), server.client() as client:
+        slow, quick = put(server.models, "test/slow"), put(server.models, "test/quick")
+        for model in (slow, quick):
+            model.step_gate.open()
+        put(server.models, "test/broken").load_errors.append(OSError("broken"))
+        await begin_load(client, "test/slow", slow)
+        await init(client, "quick", model="test/quick")
+        slow.open()
+        await client.until("ready")
+        assert (await init(client, "broken", model="test/broken"))["code"] == "load_failed"
+        assert await started_with(client, "g") == "test/quick"
+
+
 async def test_the_same_model_at_another_precision_is_another_load() -> None:
     async with scripted() as (server, model), server.client() as client:
         assert (await init(client, "a", dtype="float32"))["type"] == "ready"

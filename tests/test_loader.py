@@ -197,16 +197,10 @@ def test_what_progress_raises_ends_the_load_in_every_stage(folder: Path, stage: 
 # What is refused.
 
 
-@pytest.mark.parametrize(
-    "options",
-    [LoadOptions(device="cuda:99")] + [replace(CPU, quantization=kind) for kind in ("int8", "nf4", "fp4", "zork")],
-    ids=str,
-)
-def test_what_this_machine_cannot_serve_is_unsupported(folder: Path, options: LoadOptions):
+def test_a_device_this_machine_does_not_have_is_unsupported(folder: Path):
     with pytest.raises(Refused) as refused:
-        load(folder, options, silent)
-    assert refused.value.reason == "unsupported"
-    assert refused.value.message.startswith("$.device: " if options.device != "cpu" else "$.quantization: ")
+        load(folder, LoadOptions(device="cuda:99"), silent)
+    assert (refused.value.reason, refused.value.field) == ("unsupported", "device")
     assert_fit_for_any_client(refused.value, folder)
 
 
@@ -336,9 +330,9 @@ def test_a_final_message_of_the_assistants_is_continued(good_folder: Path, begun
 )
 def test_a_conversation_that_the_template_refuses_is_a_bad_message(folder: Path, template: str):
     holding("chat_template.jinja", template)(folder)
-    with pytest.raises(Refused, match=r"^\$\.messages: ") as refused:
+    with pytest.raises(Refused, match="chat template refuses") as refused:
         text_of(load(folder, CPU, silent), ("user", "Why?"))
-    assert refused.value.reason == "bad_message"
+    assert (refused.value.reason, refused.value.field) == ("bad_message", "messages")
     assert_fit_for_any_client(refused.value, folder)
 
 

@@ -195,7 +195,9 @@ async def test_a_port_in_use_is_told_in_one_line(tmp_path: Path):
         port = taken.getsockname()[1]
         code, stderr = await failed(tmp_path, "--model", ECHO, "--port", str(port))
     assert code == 1
-    assert re.fullmatch(rf"wsserver: .*{port}.*address already in use\n", stderr)
+    assert re.fullmatch(
+        rf"wsserver: .*{port}.*address already in use.*; choose another address with --host and --port\n", stderr
+    )
 
 
 async def test_an_unknown_model_is_told_in_one_line_with_those_there_are(tmp_path: Path):

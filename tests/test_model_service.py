@@ -156,6 +156,21 @@ async def test_who_comes_before_an_abandoned_load_has_noticed_takes_it_over(
     assert model.loads == 1
 
 
+async def test_who_comes_when_a_load_has_given_up_but_nobody_has_heard_of_it_gets_a_new_one(
+    service: ModelService, model: ScriptedModel
+) -> None:
+    model.load_gate.shut()
+    first = ask(service)
+    await model.in_load_stage(1)
+    first.cancel()
+    await asyncio.wait([first])
+    model.load_gate.let()
+    assert model.load_gave_up.wait(timeout=10)  # without the loop, which so cannot hear of it
+    model.open()
+    await ask(service)
+    assert model.loads == 2
+
+
 async def test_a_failed_load_is_forgotten_and_tried_again(service: ModelService, model: ScriptedModel) -> None:
     model.load_errors += [OSError("disk"), Refused("unsupported", "not on this machine")]
     with pytest.raises(Refused) as refused:

@@ -174,7 +174,7 @@ def test_a_new_generations_tokens_stay_in_reach_of_a_drop_when_the_old_ones_are_
 
 
 @pytest.mark.parametrize(
-    "last", [done("c"), error(), token("c", 0, "y" * 200), token("b", 1, "y" * 200), loading("l", 0.123456789012345)]
+    "last", [queued("c"), error(), token("c", 0, "y" * 200), token("b", 1, "y" * 200), loading("l", 0.123456789012345)]
 )
 def test_what_would_pass_the_bound_is_refused_and_leaves_everything_as_it_was(last: ServerMessage) -> None:
     outbox = holding([loading("l", 0.5), token("b", 0), started("a")])
@@ -186,6 +186,15 @@ def test_what_would_pass_the_bound_is_refused_and_leaves_everything_as_it_was(la
     assert outbox.size < size
     outbox.push(token("b", 0))
     assert drained(outbox) == as_sent(loading("l", 0.5), started("a"), token("b", 0))
+
+
+def test_one_done_may_pass_the_bound_and_no_second() -> None:
+    outbox = holding([token("a", 0)])
+    outbox.max_bytes = outbox.size
+    outbox.push(done("a"))
+    with pytest.raises(OutboxFull):
+        outbox.push(done("b"))
+    assert drained(outbox) == as_sent(token("a", 0), done("a"))
 
 
 def test_room_comes_back_with_every_frame_sent() -> None:

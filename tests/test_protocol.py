@@ -81,7 +81,7 @@ def test_a_good_message_is_read(text: str, expected: ClientMessage) -> None:
         ("top_p", 1e-9, 1),
         ("top_k", 0, 2**31 - 1),
         ("min_p", 0, 1),
-        ("repetition_penalty", 1e-9, 10),
+        ("repetition_penalty", 0.1, 10),
         ("presence_penalty", -2, 2),
         ("frequency_penalty", -2, 2),
         ("seed", 0, 2**63 - 1),

@@ -66,6 +66,17 @@ def sequence(sampling: Sampling, prompt: list[int] = [0], completion: list[int] 
     return made
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-38}, {"temperature": 5e-324}, {"top_p": 1e-46}, {"min_p": 1.0}])
+def test_the_most_extreme_parameters_draw_the_likeliest(extreme: dict[str, float]):
+    logits = torch.tensor([-80.0, 3.0, 90.0, 89.0, float("-inf")])
+    assert sample(logits, sequence(Sampling(**extreme, seed=7))) == 2  # type: ignore[arg-type]
+
+
+def test_logits_that_are_no_numbers_raise_nothing():
+    for temperature in (0.0, 1.0):
+        assert sample(torch.full((8,), float("nan")), sequence(Sampling(temperature=temperature))) in range(8)
+
+
 def drawn_at(u: float, logits: np.ndarray, of: Sequence) -> int:
     with mock.patch.object(sampler, "uniform", return_value=u):
         return sample(torch.tensor(logits, dtype=torch.float32), of)

@@ -107,6 +107,8 @@ def test_a_frame_goes_out_unchanged_where_it_is_legal_and_is_a_bug_elsewhere(
 ) -> None:
     opened(session, message, *before)
     frame = FRAMES[kind]("x")
+    if kind is Queued and Queued in before:
+        frame = Queued(id="x", position=frame.position + 1)
     if kind in legal:
         assert session.admit(frame, 1.0) is frame
         assert session.active == ([] if kind in (Done, Ready, Error) else ["x"])
@@ -114,6 +116,12 @@ def test_a_frame_goes_out_unchanged_where_it_is_legal_and_is_a_bug_elsewhere(
         with pytest.raises(IllegalFrame, match=kind.__name__):
             session.admit(frame, 1.0)
         assert session.active == ["x"]
+
+
+def test_a_place_in_line_is_told_once_and_again_when_it_changes(session: Session) -> None:
+    session.open(Generate(id="x", prompt="p"))
+    told = [session.admit(Queued(id="x", position=p), 1.0) for p in (3, 3, 2, 2, 1, 1)]
+    assert [frame.position for frame in told if isinstance(frame, Queued)] == [3, 2, 1]
 
 
 def test_an_illegal_frame_leaves_what_is_legal_as_it_was(session: Session) -> None:

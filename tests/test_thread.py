@@ -21,7 +21,7 @@ from LLM.model_srv_wsserver_echo import END, ModelHandler
 from tests.conftest import eventually
 from tests.scripted import ScriptedModel
 
-Engine = GenerationEngine[LoadedModel]
+Engine = GenerationEngine
 
 
 def load(model: ModelHandler) -> LoadedModel:
@@ -285,7 +285,7 @@ async def test_a_thread_that_dies_ends_every_stream_once(
         assert engine.dead
         assert (engine.active, engine.queued) == (0, 0)
         late = await parts_of(engine, request("late"))
-        assert late == [Finished("error", 0, Timings(0.0), error=thread_module.STOPPED)]
+        assert late == [Finished("error", len("hello"), Timings(0.0), error=thread_module.STOPPED)]
 
 
 class Sticky(ScriptedModel):

@@ -39,10 +39,12 @@ def main() -> None:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(serve(config))
     except OSError as error:
-        sys.exit(f"wsserver: {error}")
+        sys.exit(f"wsserver: {error}; choose another address with --host and --port")
     except Refused as refused:
         # What is a field of init to a client is an option of the same name here.
-        sys.exit(f"wsserver: {refused.message.replace('$.', '--', 1)}")
+        option = f"--{refused.field}: " if refused.field else ""
+        hint = "; `make install` fetches the default one" if refused.reason == "model_not_found" else ""
+        sys.exit(f"wsserver: {option}{refused.message}{hint}")
 
 
 async def serve(config: Config) -> None:

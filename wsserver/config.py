@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from wsserver import protocol
+
 DESCRIPTION = "Streams a language model's tokens over a WebSocket, with a stop button that really stops."
 EPILOG = """\
 Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE,
@@ -95,13 +97,13 @@ def _seconds(text: str) -> float:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1 and so on")
+    if not re.search(protocol.DEVICE, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(protocol.CHOICES['device'])}")
     return text
 
 
 def _dtype(text: str) -> str:
-    return _choice(text, ("auto", "float32", "float16", "bfloat16"))
+    return _choice(text, protocol.CHOICES["dtype"])
 
 
 def _log_level(text: str) -> str:

@@ -19,7 +19,11 @@ from wsserver.session import Session, StopReason, TooManyBadMessages
 
 log = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT = 5.0  # seconds for a closing handshake; a peer that does not read is cut off after that
+# Seconds to send what is unread before a close, and again for the closing handshake; a peer that takes longer is cut off.
+CLOSE_TIMEOUT = 2.0
+# Unread frames at which the reader waits for the writer: a client that asks faster than it reads waits for itself. Answers
+# that stream merge, so they are never this many, and a cancel behind them is always read.
+MAX_UNREAD_FRAMES = 1024
 
 # What handles one client message: it decides and spawns, and never waits.
 Dispatch = Callable[[ClientMessage, "Connection"], None]
@@ -35,10 +39,11 @@ class Connection:
         self._dispatch = dispatch
         self._tasks: set[asyncio.Task[None]] = set()
         # What would stop each open id just now; every task that serves an id keeps its entry up to date.
-        self._stops: dict[str, Callable[[], None]] = {}
+        self._stops: dict[str, Callable[[], object]] = {}
         self._writer: asyncio.Task[None]
+        self._closer: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
-        self._closing: tuple[CloseCode, str] | None = None
+        self._all_written = asyncio.Event()
 
     async def run(self) -> None:
         """Serve the client until either side closes; what it still has running is cancelled then."""
@@ -49,6 +54,8 @@ class Connection:
             work = [self._writer, *self._tasks]
             for task in work:
                 task.cancel()
+            if self._closer:
+                work.append(self._closer)  # it has an end of its own
             await asyncio.gather(*work, return_exceptions=True)
 
     # For message handlers.
@@ -61,16 +68,15 @@ class Connection:
 
     def reply(self, frame: ServerMessage) -> None:
         """Say something that is about no open id."""
-        if self._closing:
+        if self._closer:
             return
         try:
             self._outbox.push(frame)
+            self._all_written.clear()
             self._news.set()
         except OutboxFull:
             log.warning("session %s: closing, the reader is too slow", self.session.id)
-            self.close(CloseCode.READER_TOO_SLOW, "reader too slow")
-            # The writer is waiting for the reader; cancelled, it forgets what is unread and goes on to the close.
-            self._writer.cancel()
+            self._close_within(0, CloseCode.READER_TOO_SLOW, "reader too slow")
 
     def spawn(self, message: Init | Generate, serve: Callable[[str], Coroutine[None, None, None]]) -> None:
         """Open a message's id and serve it in a task of its own.
@@ -83,7 +89,7 @@ class Connection:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def on_stop(self, id: str, stop: Callable[[], None]) -> None:
+    def on_stop(self, id: str, stop: Callable[[], object]) -> None:
         """Say what would stop an open id from now on; called at once if the stop has been read already."""
         self._stops[id] = stop
         if self.session.is_stopping(id):
@@ -115,10 +121,8 @@ class Connection:
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Stop all work, and close once what is in the outbox is sent."""
-        self._closing = self._closing or (code, reason)
-        self._news.set()
-        for task in self._tasks:
-            task.cancel()
+        if not self._closer:
+            self._close_within(CLOSE_TIMEOUT, code, reason)
 
     def abort(self) -> None:
         """Cut the connection off, without a closing handshake."""
@@ -133,12 +137,14 @@ class Connection:
     async def _read(self) -> None:
         try:
             async for data in self._socket:
-                if self._closing:
+                if self._closer:
                     continue  # keep reading, or the closing handshake and pongs go unseen
                 if isinstance(data, bytes):
                     self.close(CloseCode.UNSUPPORTED_DATA, "send JSON in text frames")
                 else:
                     self._receive(data)
+                if len(self._outbox) > MAX_UNREAD_FRAMES and not self._writer.done():
+                    await self._all_written.wait()
         except ConnectionClosed:
             pass  # the usual end of many clients: a tab closed, a network gone
 
@@ -157,23 +163,31 @@ class Connection:
 
     async def _write(self) -> None:
         try:
-            await self._write_until_closing()
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                while (data := self._outbox.pop()) is not None:
+                    await self._socket.send(data, text=True)
+                self._all_written.set()
         except ConnectionClosed:
-            return
-        except asyncio.CancelledError:
-            if self._closing is None:
-                raise
-        assert self._closing is not None
-        await self._close(*self._closing)
+            pass  # the reader sees it too
+        finally:
+            self._all_written.set()
 
-    async def _write_until_closing(self) -> None:
-        while not self._closing or self._outbox:
-            await self._news.wait()
-            self._news.clear()
-            while (data := self._outbox.pop()) is not None:
-                await self._socket.send(data, text=True)
+    def _close_within(self, seconds: float, code: CloseCode, reason: str) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._closer = asyncio.create_task(self._close(seconds, code, reason))
 
-    async def _close(self, code: CloseCode, reason: str) -> None:
+    async def _close(self, seconds: float, code: CloseCode, reason: str) -> None:
+        """Close after at most `seconds` for what is unread: the writer may be waiting for a client that takes nothing."""
+        try:
+            async with asyncio.timeout(seconds):
+                if self._outbox:
+                    await self._all_written.wait()
+        except TimeoutError:
+            log.debug("session %s: closing with %d frames unread", self.session.id, len(self._outbox))
+        self._writer.cancel()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._socket.close(code, reason)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import orjson
 
-from wsserver.protocol import Error, Loading, Prefill, Queued, ServerMessage, Token, encode
+from wsserver.protocol import Done, Error, Loading, Prefill, Queued, ServerMessage, Token, encode
 
 # What a token frame weighs beside its text: the JSON around it.
 TOKEN_FRAME_BYTES = 128
@@ -78,10 +78,14 @@ class Outbox:
 
     def _put(self, place: int, frame: ServerMessage, size: int) -> None:
         grown = self.size + size - self._sizes.get(place, 0)
-        if grown > self.max_bytes:
+        if grown > self.max_bytes and not self._is_first_done(frame):
             raise OutboxFull
         self.size = grown
         self._frames[place], self._sizes[place] = frame, size
+
+    def _is_first_done(self, frame: ServerMessage) -> bool:
+        # One done is taken whatever its size: a whole answer must reach a client that reads.
+        return isinstance(frame, Done) and not any(isinstance(unread, Done) for unread in self._frames.values())
 
 
 def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:

@@ -4,7 +4,7 @@ The types are the single source: validation, the JSON Schema and the tables of p
 """
 
 import enum
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import orjson
@@ -59,6 +59,7 @@ Role = Literal["system", "user", "assistant"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
+DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,2})?)(?!\n)$"
 Int63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -85,7 +86,7 @@ class Init(_Message):
     model: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     quantization: Quantization | None = None
     dtype: Dtype | None = None
-    device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)(?!\n)$")] | None = None
+    device: Annotated[str, Meta(pattern=DEVICE)] | None = None
     token: str | None = None
 
 
@@ -102,7 +103,7 @@ class Generate(_Message):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.1, le=10)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
@@ -111,18 +112,6 @@ class Generate(_Message):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     ignore_eos: bool | None = None
-
-    SAMPLING: ClassVar[tuple[str, ...]] = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "seed",
-    )
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
@@ -253,7 +242,7 @@ class Done(_Message):
 
 
 class Error(_Message):
-    """Answers a bad message; never ends a generation."""
+    """Answers a bad message, or ends a load; never ends a generation."""
 
     code: ErrorCode
     message: str
@@ -297,7 +286,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "role": get_args(Role),
     "dtype": get_args(Dtype),
     "quantization": get_args(Quantization),
-    "device": ("auto", "cpu", "cuda", "cuda:0"),
+    "device": ("auto", "cpu", "cuda", "cuda:N"),
 }
 
 CLIENT_TYPES: dict[str, type[ClientMessage]] = {t.__struct_config__.tag: t for t in get_args(ClientMessage)}

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 from websockets.asyncio.server import Server as WebSocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -27,6 +26,9 @@ log = logging.getLogger(__name__)
 
 # How much may lie in the kernel unsent. The rest waits in the outbox, where it merges and a cancel can drop it.
 UNSENT_BYTES = 16_384
+WRITE_LIMIT = 2_048  # and how much in this process behind the outbox
+# Seconds after which a peer that takes nothing is given up; the library's own keepalive waits behind what is unsent.
+VANISHED_AFTER = 30.0
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
 INDEX = "wsserver speaks WebSocket at /ws; protocol.md describes the messages. GET /healthz says whether it is up.\n"
@@ -51,6 +53,7 @@ class Server:
             select_subprotocol=_select_subprotocol,
             compression=None,
             max_size=MAX_MESSAGE_BYTES,
+            write_limit=WRITE_LIMIT,
             server_header=f"wsserver/{__version__}",
         )
         return self
@@ -85,15 +88,18 @@ class Server:
         for connection in connections:
             connection.stop_all("shutdown")
         await _within(STOP_GRACE, [asyncio.create_task(c.idle()) for c in connections])
+        connections = list(self._connections)
         for connection in connections:
             connection.close(CloseCode.SERVICE_RESTART, "the server is stopping; connect again in a moment")
-        await _within(CLOSE_TIMEOUT + 1, [asyncio.create_task(c.closed()) for c in connections])
+        await _within(2 * CLOSE_TIMEOUT + 1, [asyncio.create_task(c.closed()) for c in connections])
 
     async def _accept(self, client: ServerConnection) -> None:
         _set_options(client)
         session = Session(id=secrets.token_urlsafe(9), server=self.state)
         connection = Connection(client, session, Outbox(), self._dispatch)
         self._connections.add(connection)
+        if self.state.draining:
+            connection.go_away(self._config.drain_timeout)
         log.debug("session %s: opened", session.id)
         try:
             await connection.run()
@@ -103,7 +109,7 @@ class Server:
 
 
 def _answer_get(client: ServerConnection, request: Request) -> Response | None:
-    match urlsplit(request.path).path:
+    match request.path.partition("?")[0]:
         case "/ws":
             return None  # the handshake goes on, or the library answers 426
         case "/healthz":
@@ -123,6 +129,8 @@ def _set_options(client: ServerConnection) -> None:
     accepted: socket.socket = client.transport.get_extra_info("socket")
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(VANISHED_AFTER * 1000))
 
 
 async def _within(seconds: float, tasks: list[asyncio.Task[None]]) -> None:

@@ -56,6 +56,8 @@ TRANSITIONS: dict[tuple[Phase, type[ServerMessage]], Phase | None] = {
     (Phase.STREAMING, Done): None,
 }
 
+SHUTTING_DOWN = "this server is stopping; connect again in a moment"
+
 StopReason = Literal["cancelled", "shutdown"]
 
 
@@ -74,6 +76,7 @@ class _Open:
     stop: StopReason | None = None
     stopped_at: float = 0.0
     # What the client was told so far, for an end that the model knows nothing of.
+    position: int | None = None
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0))
 
 
@@ -119,7 +122,7 @@ class Session:
             )
         generates = isinstance(message, Generate)
         if self.server.draining:
-            raise Refusal("shutting_down", "this server is stopping; connect again in a moment", message.id, generates)
+            raise Refusal("shutting_down", SHUTTING_DOWN, message.id, generates)
         if len(self._open) >= self.max_open:
             why = f"{self.max_open} requests are active on this connection; wait for one to end"
             raise Refusal("overloaded", why, message.id, generates)
@@ -193,7 +196,12 @@ class Session:
             self._settle(entry.message, isinstance(frame, Ready))
             return frame
         entry.phase = after
-        if isinstance(frame, Started):
+        if isinstance(frame, Queued):
+            # Two lines follow each other, that of a load and that of the engine: a place is told when it changes.
+            moved, entry.position = frame.position != entry.position, frame.position
+            if not moved:
+                return None
+        elif isinstance(frame, Started):
             entry.usage.prompt_tokens, entry.usage.cached_tokens = frame.prompt_tokens, frame.cached_tokens
         elif isinstance(frame, Token):
             entry.usage.completion_tokens += frame.n
@@ -213,11 +221,11 @@ class Session:
         """The open ids, oldest first."""
         return list(self._open)
 
-    def failure(self, id: str, code: ErrorCode, message: str) -> ServerMessage:
+    def failure(self, id: str, code: ErrorCode, message: str, total_ms: float = 0.0) -> ServerMessage:
         """Give the frame that ends an open id for a reason of the server's own."""
         if self._open[id].phase is Phase.LOADING:
             return Error(code=code, message=message, id=id)
-        return replace(failed(id, code, message), usage=self._open[id].usage)
+        return replace(failed(id, code, message), usage=self._open[id].usage, timings=Timings(total_ms=total_ms))
 
     def _end(self, frame: ServerMessage, entry: _Open, now: float) -> ServerMessage:
         if entry.stop is None:
@@ -225,8 +233,10 @@ class Session:
         if isinstance(frame, Done):
             cancel_ms = round((now - entry.stopped_at) * 1000, 3) if entry.stop == "cancelled" else None
             return replace(frame, finish_reason=entry.stop, error=None, timings=replace(frame.timings, cancel_ms=cancel_ms))
-        code: ErrorCode = "cancelled" if entry.stop == "cancelled" else "shutting_down"
-        return Error(code=code, message=f"the load was {entry.stop}", id=getattr(frame, "id", None))
+        id = getattr(frame, "id", None)
+        if entry.stop == "cancelled":
+            return Error(code="cancelled", message="the load was cancelled", id=id)
+        return Error(code="shutting_down", message=SHUTTING_DOWN, id=id)
 
     def _settle(self, message: Init | Generate, loaded: bool) -> None:
         # A failed init leaves the connection with the model it would have had without it.

@@ -3,7 +3,7 @@
 import time
 
 from LLM.engine.detokenizer import Detokenizer
-from LLM.engine.request import Delta, Finished, FinishReason, Timings
+from LLM.engine.request import Delta, Finished, FinishReason, Prefill, Started, Timings
 from LLM.engine.scheduler import Sequence
 from LLM.engine.stream import GenerationStream
 
@@ -21,16 +21,21 @@ class Answer:
         self._unseen = 0  # tokens sampled since the last Delta
         self._arrived = time.monotonic()
         self._prefill_told = 0.0
-        self.started: float | None = None
+        self._started: float | None = None
         self._first_token: float | None = None
 
-    def prefill_is_due(self) -> bool:
-        """Whether enough time has passed to tell the prefill's progress again."""
+    def start(self) -> Started:
+        """Begin its prefill."""
+        self._started = time.monotonic()
+        return Started(len(self.request.prompt_ids))
+
+    def prefill(self, done: int) -> Prefill | None:
+        """Tell the prefill's progress, unless that was told a moment ago."""
         now = time.monotonic()
-        due = now - self._prefill_told >= PREFILL_INTERVAL
-        if due:
-            self._prefill_told = now
-        return due
+        if now - self._prefill_told < PREFILL_INTERVAL:
+            return None
+        self._prefill_told = now
+        return Prefill(done, len(self.request.prompt_ids))
 
     def take(self, token_id: int) -> tuple[Delta | None, FinishReason | None]:
         """Append a sampled token; give the text that became safe to show, and the reason if this is the end."""
@@ -55,7 +60,7 @@ class Answer:
             completion_tokens=self._sequence.completion_tokens,
             timings=Timings(
                 total=time.monotonic() - self._arrived,
-                started=self.started and self.started - self._arrived,
+                started=self._started and self._started - self._arrived,
                 first_token=self._first_token and self._first_token - self._arrived,
             ),
         )

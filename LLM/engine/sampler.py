@@ -12,6 +12,8 @@ from torch import Tensor
 from LLM.engine.request import Sampling
 from LLM.engine.scheduler import Sequence
 
+SMALLEST_TEMPERATURE = 1e-6  # below this float32 has no other share than 0 and 1 for any logits
+
 
 def sample(logits: Tensor, sequence: Sequence) -> int:
     """Draw the sequence's next token id from `logits`, a row of [vocabulary] raw scores of any float type."""
@@ -21,7 +23,9 @@ def sample(logits: Tensor, sequence: Sequence) -> int:
         scores[list(sequence.request.end_token_ids)] = -torch.inf
     if sampling.temperature == 0:
         return int(scores.argmax())
-    probabilities, ids = _candidates(scores / sampling.temperature, sampling)
+    # From the largest down, so that no temperature, however small, makes a number too large.
+    cooled = (scores - scores.max()) / max(sampling.temperature, SMALLEST_TEMPERATURE)
+    probabilities, ids = _candidates(cooled, sampling)
     # Inverse CDF: the first candidate at which the running sum passes the random number.
     cumulative = probabilities.cumsum(0)
     u = uniform(sampling.seed, sequence.completion_tokens) * cumulative[-1]
@@ -44,6 +48,7 @@ def _candidates(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     # A token stays while those before it hold less than top_p; the first one always stays.
     keep = probabilities.cumsum(0) - probabilities < sampling.top_p
     keep &= probabilities >= sampling.min_p * probabilities[0]
+    keep[0] = True
     return probabilities[keep], ids[keep]
 
 

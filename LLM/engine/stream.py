@@ -31,7 +31,7 @@ class GenerationStream:
         self._arrived = asyncio.Event()
         self._ended = False
         # What came so far, for an end that the thread could not tell.
-        self.prompt_tokens = 0
+        self.started = False
         self.completion_tokens = 0
 
     async def __aenter__(self) -> Self:
@@ -59,7 +59,7 @@ class GenerationStream:
     def put(self, part: Part) -> None:
         """Take the engine's next part. The newest joins the unread one before it, and never overtakes it."""
         if isinstance(part, Started):
-            self.prompt_tokens = part.prompt_tokens
+            self.started = True
         elif isinstance(part, Delta):
             self.completion_tokens += part.n
         last = self._unread[-1] if self._unread else None

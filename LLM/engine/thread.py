@@ -11,20 +11,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
-from LLM.engine.request import Delta, Finished, GenerationRequest, Started, Timings
+from LLM.engine.request import Delta, Finished, GenerationRequest, Timings
 from LLM.engine.stream import GenerationStream
-from LLM.engine.worker import Cancel, Close, Inbox, Open, Post, Runner, Worker
+from LLM.engine.worker import Cancel, Close, Inbox, Open, Parts, Runner, Worker
 from LLM.errors import Reason
 
 log = logging.getLogger(__name__)
 
 RATE_WINDOW = 5.0  # seconds over which tokens per second are measured
 
-STOPPED: tuple[Reason, str] = ("internal", "the model's engine has stopped; send init to load the model again")
+STOPPED: tuple[Reason, str] = ("internal", "the model's engine has stopped; try again, that loads the model anew")
 
 
 class Servable(Protocol):
@@ -44,7 +44,7 @@ class Servable(Protocol):
 S = TypeVar("S", bound=Servable)
 
 
-class GenerationEngine(Generic[S]):
+class GenerationEngine:
     """One model on one executor thread.
 
     Every opened stream ends in exactly one Finished, also when the model raises or the thread dies. All methods are to be
@@ -56,7 +56,6 @@ class GenerationEngine(Generic[S]):
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._inbox: Inbox = queue.SimpleQueue()
         self._streams: dict[Hashable, GenerationStream] = {}
-        self._waiting: set[GenerationStream] = set()
         self._emitted: deque[tuple[float, int]] = deque()
         self._run: asyncio.Future[None] | None = None
         self.dead = True
@@ -70,7 +69,7 @@ class GenerationEngine(Generic[S]):
             self._executor.shutdown(wait=False)
             raise
 
-        def post(parts: Post) -> None:
+        def post(parts: Parts) -> None:
             loop.call_soon_threadsafe(self._deliver, parts)
 
         worker = Worker(model.runner, model.tokenizer, self.capacity, self._inbox, post)
@@ -96,24 +95,21 @@ class GenerationEngine(Generic[S]):
     @property
     def active(self) -> int:
         """How many requests are past the line."""
-        return len(self._streams) - len(self._waiting)
+        return sum(stream.started for stream in self._streams.values())
 
     @property
     def queued(self) -> int:
         """How many requests stand in line."""
-        return len(self._waiting)
+        return len(self._streams) - self.active
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens handed out per second, over the last five seconds."""
-        since = time.monotonic() - RATE_WINDOW
-        while self._emitted and self._emitted[0][0] < since:
-            self._emitted.popleft()
+        self._forget_old_tokens()
         return sum(n for _, n in self._emitted) / RATE_WINDOW
 
     def _attach(self, stream: GenerationStream) -> None:
         self._streams[stream.request.key] = stream
-        self._waiting.add(stream)
         if self.dead:
             self._fail(stream)
         else:
@@ -124,25 +120,28 @@ class GenerationEngine(Generic[S]):
             self._inbox.put(Cancel(stream.request.key))
 
     def _forget(self, stream: GenerationStream) -> bool:
-        self._waiting.discard(stream)
         if self._streams.get(stream.request.key) is not stream:
             return False
         del self._streams[stream.request.key]
         return True
 
-    def _deliver(self, parts: Post) -> None:
+    def _deliver(self, parts: Parts) -> None:
         tokens = 0
         for stream, part in parts:
             if self._streams.get(stream.request.key) is not stream:
                 continue  # abandoned while this part was on its way
-            if isinstance(part, Started):
-                self._waiting.discard(stream)
             tokens += part.n if isinstance(part, Delta) else 0
             stream.put(part)
             if isinstance(part, Finished):
                 self._forget(stream)
         if tokens:
             self._emitted.append((time.monotonic(), tokens))
+            self._forget_old_tokens()
+
+    def _forget_old_tokens(self) -> None:
+        since = time.monotonic() - RATE_WINDOW
+        while self._emitted and self._emitted[0][0] < since:
+            self._emitted.popleft()
 
     def _ended(self, run: "asyncio.Future[None]") -> None:
         self.dead = True
@@ -153,5 +152,6 @@ class GenerationEngine(Generic[S]):
             self._fail(stream)
 
     def _fail(self, stream: GenerationStream) -> None:
-        end = Finished("error", stream.prompt_tokens, Timings(0.0), stream.completion_tokens, error=STOPPED)
+        prompt_tokens = len(stream.request.prompt_ids)
+        end = Finished("error", prompt_tokens, Timings(0.0), stream.completion_tokens, error=STOPPED)
         self._deliver([(stream, end)])

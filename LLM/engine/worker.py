@@ -5,7 +5,6 @@ The inbox is read before every step, so a step is the longest that a cancel wait
 
 import logging
 import queue
-import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 
 from LLM.engine.answer import Answer
 from LLM.engine.detokenizer import Detokenizer
-from LLM.engine.request import Finished, FinishReason, Part, Prefill, Queued, Started, Timings
+from LLM.engine.request import Finished, FinishReason, Part, Queued, Timings
 from LLM.engine.scheduler import Scheduler, Slice
 from LLM.engine.stream import GenerationStream
 from LLM.errors import Reason
@@ -59,22 +58,22 @@ class Close:
 
 Inbox = queue.SimpleQueue[Open | Cancel | Close]
 # Parts go by stream, not by key: a key may be opened again while parts of its last stream are still on their way.
-Post = list[tuple[GenerationStream, Part]]
+Parts = list[tuple[GenerationStream, Part]]
 
 
 class Worker:
     """Runs one model's steps until it is told to close."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, capacity: int, inbox: Inbox, post: Callable[[Post], None]
+        self, runner: Runner, tokenizer: Tokenizer, capacity: int, inbox: Inbox, post: Callable[[Parts], None]
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(capacity)
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
-        self._send = post
-        self._parts: Post = []
+        self._post = post
+        self._parts: Parts = []
 
     def run(self) -> None:
         """Serve the inbox; returns once every request has its end."""
@@ -85,7 +84,7 @@ class Worker:
                 self._step(batch)
         for key in [*self._scheduler.waiting, *self._scheduler.running]:
             self._finish(key, "shutdown")
-        self._post()
+        self._hand_over()
 
     def _step(self, batch: list[Slice]) -> None:
         try:
@@ -102,14 +101,14 @@ class Worker:
                 except BaseException:  # a panic in the tokenizer's Rust code is no Exception
                     log.exception("one request's tokens could not be made text; ending that request")
                     self._finish(part.sequence.request.key, "error", FAILED)
-        self._post()
+        self._hand_over()
 
     def _advance(self, part: Slice, token_id: int | None) -> None:
         request = part.sequence.request
         answer = self._answers[request.key]
         if token_id is None:
-            if answer.prefill_is_due():
-                self._parts.append((answer.stream, Prefill(part.stop, len(request.prompt_ids))))
+            if prefill := answer.prefill(part.stop):
+                self._parts.append((answer.stream, prefill))
             return
         delta, reason = answer.take(token_id)
         if delta:
@@ -122,10 +121,9 @@ class Worker:
         for part in batch:
             if part.begins:
                 answer = self._answers[part.sequence.request.key]
-                answer.started = time.monotonic()
-                self._parts.append((answer.stream, Started(len(answer.request.prompt_ids))))
+                self._parts.append((answer.stream, answer.start()))
         self._parts += [(self._answers[key].stream, Queued(position)) for key, position in self._scheduler.moved()]
-        self._post()
+        self._hand_over()
 
     def _read_inbox(self) -> bool:
         """Take every message there is, waiting for one only when there is nothing else to do; true if it is to end."""
@@ -155,7 +153,7 @@ class Worker:
 
     def _finish(self, key: Hashable, reason: FinishReason, error: tuple[Reason, str] | None = None) -> None:
         if self._scheduler.remove(key) is None:
-            return  # ended by itself while the cancel was on its way
+            return  # it ended by itself while the cancel was on its way, or was never open
         answer = self._answers.pop(key)
         self._parts.append((answer.stream, replace(answer.finished(reason), error=error)))
         try:
@@ -164,7 +162,7 @@ class Worker:
             # Whoever waits for the end is owed it all the same.
             log.exception("the model could not let go of a sequence")
 
-    def _post(self) -> None:
+    def _hand_over(self) -> None:
         if self._parts:
             parts, self._parts = self._parts, []
-            self._send(parts)
+            self._post(parts)
