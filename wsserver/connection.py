@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 # Seconds to send what is unread before a close, and again for the closing handshake; a peer that takes longer is cut off.
 CLOSE_TIMEOUT = 2.0
-# Unread frames at which the reader waits for the writer: a client that asks faster than it reads waits for itself. Answers
-# that stream merge, so they are never this many, and a cancel behind them is always read.
+# Unread frames at which the reader waits for the writer: a client that asks faster than it reads waits for itself. Tokens
+# merge, so a few hundred unread answers stay under this, and a cancel behind them is still read.
 MAX_UNREAD_FRAMES = 1024
 
 # What handles one client message: it decides and spawns, and never waits.
