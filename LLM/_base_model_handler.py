@@ -26,11 +26,17 @@ class ChatMessage(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """At which precision and where a model is to run. "auto" is the model's own dtype, and a GPU if there is one."""
+    """At which precision and where a model is to run, and how much of the machine it gets.
+
+    "auto" is the precision that runs best there, and a GPU if there is one. `kv_memory` is in bytes, `threads` those of a
+    CPU; None leaves the choice to the loader.
+    """
 
     dtype: str = "auto"
     device: str = "auto"
     quantization: str = "none"
+    kv_memory: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -131,6 +138,7 @@ class BaseModelHandler:
             stop=options.stop,
             end_token_ids=end_token_ids.union(options.stop_token_ids),
             min_tokens=options.min_tokens,
+            logprobs=options.logprobs,
         )
 
     def _sampling(self, model: LoadedModel, options: GenerationOptions) -> Sampling:

@@ -3,6 +3,7 @@
 Only local files, only safetensors, never code that came with a model.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 from transformers.utils import logging as transformers_logging
 
 from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
-from LLM.engine.runner import TransformersRunner
+from LLM.engine.attention import PagedCache
+from LLM.engine.plain_runner import PlainRunner
+from LLM.engine.runner import BLOCK_SIZE, DoesNotFit, PagedRunner, page
+from LLM.engine.worker import Runner
 from LLM.errors import Refused
 
+log = logging.getLogger(__name__)
+
+CPU_KV_MEMORY = 1 << 30  # bytes, where the operator did not say
+GPU_KV_SHARE = 0.9  # of what the weights left free
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -31,20 +39,20 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     device = _device(options.device)
     if device.type == "cpu":
         # One core stays free for the event loop: decoding on all of them makes every frame late.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+        torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
     try:
-        return _load(folder, options.dtype, device, progress)
+        return _load(folder, options, device, progress)
     except (OSError, ValueError, KeyError, SafetensorError, torch.OutOfMemoryError) as error:
         reason = type(error).__name__
         message = f"the model's folder cannot be loaded ({reason}); its operator finds the details in the server's log"
         raise Refused("load_failed", message) from error
 
 
-def _load(folder: Path, dtype: str, device: torch.device, progress: Progress) -> LoadedModel:
+def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Progress) -> LoadedModel:
     progress("config", 0.0)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    torch_dtype = _dtype(dtype, device, config)
+    torch_dtype = _dtype(options.dtype, device, config)
     weights = dict(_weights(folder, torch_dtype, progress))
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, found = architecture.from_pretrained(
@@ -55,14 +63,13 @@ def _load(folder: Path, dtype: str, device: torch.device, progress: Progress) ->
         raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    runner = TransformersRunner(model.to(device).eval())
     progress("warmup", 0.0)
-    runner.warm_up()
+    runner = _runner(model.to(device).eval(), options.kv_memory)
     text_config = config.get_text_config()
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer.backend_tokenizer,
-        context_length=text_config.max_position_embeddings,
+        context_length=min(text_config.max_position_embeddings, runner.block_count * runner.block_size),
         vocabulary_size=text_config.vocab_size,
         dtype=str(torch_dtype).removeprefix("torch."),
         device=str(device),
@@ -70,6 +77,26 @@ def _load(folder: Path, dtype: str, device: torch.device, progress: Progress) ->
         end_token_ids=_end_token_ids(model.generation_config, tokenizer),
         generation_config=model.generation_config.to_dict(),
     )
+
+
+def _runner(model: Any, kv_memory: int | None) -> Runner:
+    try:
+        token_bytes = page(model)
+    except DoesNotFit as misfit:
+        log.warning("serving without a paged KV cache: %s", misfit, exc_info=misfit.__cause__)
+        return PlainRunner(model, f"runs one sequence after the other, without a paged KV cache: {misfit}")
+    if kv_memory is None:
+        on_gpu = model.device.type == "cuda"
+        kv_memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_KV_SHARE) if on_gpu else CPU_KV_MEMORY
+    blocks = kv_memory // (token_bytes * BLOCK_SIZE)
+    if not blocks:
+        need = token_bytes * BLOCK_SIZE
+        raise Refused(
+            "load_failed", f"the KV cache may have {kv_memory} bytes, but {need} hold {BLOCK_SIZE} tokens; allow more"
+        )
+    runner = PagedRunner(model, PagedCache(blocks, BLOCK_SIZE))
+    runner.warm_up()
+    return runner
 
 
 def _device(name: str) -> torch.device:
@@ -87,9 +114,11 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
-    # On a CPU without matrix units for 16-bit numbers float32 prefills 2.5 times faster than bfloat16.
     own: torch.dtype | None = config.dtype
-    return torch.float32 if device.type == "cpu" or own is None else own
+    if device.type != "cpu":
+        return own or torch.float32
+    # Without instructions for 16-bit numbers float32 prefills 2.5 times faster than bfloat16, with them half as fast.
+    return torch.bfloat16 if own == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def _weights(folder: Path, dtype: torch.dtype, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import TypedDict
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
 from LLM.engine.request import GenerationRequest
 from LLM.engine.thread import GenerationEngine
+from LLM.engine.worker import EngineSettings, Runner
 from LLM.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,11 @@ class Model:
         spec: ModelSpec,
         handler: BaseModelHandler,
         folder: Path,
-        capacity: int,
+        settings: EngineSettings,
         on_failed_load: "Callable[[Model], None]",
     ) -> None:
         self.spec = spec
-        self.engine = GenerationEngine(capacity)
+        self.engine = GenerationEngine(settings)
         self._handler = handler
         self._folder = folder
         self._loaded: LoadedModel | None = None
@@ -129,7 +130,7 @@ class Model:
             **self.describe(),
             "state": state,
             **({"stage": self._stage, "progress": self._progress} if state == "loading" else {}),
-            "memory_bytes": self._loaded.runner.memory_bytes if self._loaded else 0,
+            **(_memory_and_notes(self._loaded.runner) if self._loaded else {"memory_bytes": 0}),
             "active": self.engine.active,
             "queued": self.engine.queued + len(self._line()),
             "capacity": self.engine.capacity,
@@ -200,3 +201,12 @@ class Model:
             if waiter.on_position and waiter.position != position:
                 waiter.position = position
                 waiter.on_position(position)
+
+
+def _memory_and_notes(runner: Runner) -> dict[str, object]:
+    kv_cache = {"tokens": runner.block_count * runner.block_size, "bytes": runner.kv_bytes}
+    return {
+        "memory_bytes": runner.memory_bytes,
+        **({"kv_cache": kv_cache} if runner.kv_bytes else {}),
+        **({"notes": runner.notes} if runner.notes else {}),
+    }

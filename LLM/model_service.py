@@ -7,10 +7,11 @@ import asyncio
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from LLM._base_model_handler import BaseModelHandler, LoadOptions
+from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.model import Abandoned, Model, ModelSpec, Waiter
 
@@ -30,10 +31,10 @@ class Listed:
 class ModelService:
     """The models of this server."""
 
-    def __init__(self, default: str, options: LoadOptions, capacity: int, root: Path = MODELS_ROOT) -> None:
+    def __init__(self, default: str, options: LoadOptions, settings: EngineSettings, root: Path = MODELS_ROOT) -> None:
         self.listing = list_models(root)
         self._options = options
-        self._capacity = capacity
+        self._settings = settings
         self._models: dict[ModelSpec, Model] = {}
         self._default = default
         self.resolve()
@@ -57,7 +58,12 @@ class ModelService:
         if quantization not in (None, "none"):
             raise Refused("unsupported", 'only "none" is served so far', "quantization")
         default = self._options
-        options = LoadOptions(dtype or default.dtype, device or default.device, quantization or default.quantization)
+        options = replace(
+            default,
+            dtype=dtype or default.dtype,
+            device=device or default.device,
+            quantization=quantization or default.quantization,
+        )
         return ModelSpec(name, options)
 
     async def get(self, spec: ModelSpec, waiter: Waiter) -> Model:
@@ -73,7 +79,7 @@ class ModelService:
                     message = f"{MAX_MODELS} models are loaded already, which is all this server holds; use one of them"
                     raise Refused("overloaded", message)
                 listed = self.listing[spec.model]
-                model = Model(spec, listed.handler(), listed.folder, self._capacity, self._forget)
+                model = Model(spec, listed.handler(), listed.folder, self._settings, self._forget)
                 self._models[spec] = model
             try:
                 await model.wait(waiter)

@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions, Progress, encode
-from LLM.engine.scheduler import Slice
+from LLM.engine.request import Alternative, Sampled
+from LLM.engine.sequence import Slice
 
 END = 256  # the token after the 256 bytes
 
@@ -17,18 +18,27 @@ END = 256  # the token after the 256 bytes
 class EchoRunner:
     """The next token is the prompt's next byte; after its last comes the end, after the end its first again."""
 
-    memory_bytes = 0
+    memory_bytes = kv_bytes = 0
+    # It needs no cache, but counts blocks like a model that does.
+    block_count, block_size, reuses_blocks = 1 << 16, 16, True
+    max_prefill = 256
 
-    def step(self, batch: list[Slice]) -> list[int | None]:
-        """Advance each slice's sequence by one token."""
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def step(self, batch: list[Slice]) -> list[Sampled | None]:
+        """Advance each slice's sequence by one token, which it is sure of."""
         return [self._next(part) if part.samples else None for part in batch]
 
     def free(self, key: Hashable) -> None:
         """Nothing is kept between steps."""
 
-    def _next(self, part: Slice) -> int:
-        prompt = [*part.sequence.request.prompt_ids, END]
-        return prompt[part.sequence.completion_tokens % len(prompt)]
+    def _next(self, part: Slice) -> Sampled:
+        request = part.sequence.request
+        prompt = [*request.prompt_ids, END]
+        token_id = prompt[part.sequence.completion_tokens % len(prompt)]
+        sure = Alternative(token_id, 0.0)
+        return Sampled(token_id, (sure, sure)[: 1 + (request.logprobs or 0)] if request.logprobs is not None else ())
 
 
 class ModelHandler(BaseModelHandler):

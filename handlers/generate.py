@@ -12,24 +12,23 @@ from LLM.model import Model, ModelSpec, Waiter
 from LLM.model_service import ModelService
 from wsserver.connection import Connection
 from wsserver.protocol import (
+    Alternative,
     Done,
     ErrorDetail,
     Generate,
     Prefill,
     Queued,
-    Refusal,
     ServerMessage,
     Started,
     Timings,
     Token,
+    TokenLogprob,
     Usage,
 )
 
 
 def generate(message: Generate, connection: Connection, models: ModelService) -> None:
     """Begin a generation with the model that this connection's last init chose."""
-    if message.logprobs is not None:
-        raise Refusal("unsupported", "$.logprobs: not served yet; leave it out", message.id, answers_with_done=True)
     spec = chosen_model(connection.session.chosen, models, message.id, answers_with_done=True)
     connection.spawn(message, partial(_serve, message, connection, models, spec, time.monotonic()))
 
@@ -88,6 +87,7 @@ def _options(message: Generate) -> GenerationOptions:
         stop=(message.stop,) if isinstance(message.stop, str) else tuple(message.stop or ()),
         stop_token_ids=tuple(message.stop_token_ids or ()),
         ignore_eos=bool(message.ignore_eos),
+        logprobs=message.logprobs,
         sampling={name: value for name, value in given.items() if value is not None},
     )
 
@@ -110,9 +110,10 @@ class _Answer:
                 return Started(id=self.id, model=self._model, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
             case engine.Prefill(done, total):
                 return Prefill(id=self.id, done=done, total=total)
-            case engine.Delta(text, n):
+            case engine.Delta(text, n, logprobs):
                 self._seq += n
-                return Token(id=self.id, seq=self._seq - n, n=n, text=text)
+                told = [_logprob(*scored) for scored in logprobs] or None
+                return Token(id=self.id, seq=self._seq - n, n=n, text=text, logprobs=told)
             case engine.Finished():
                 return self._done(part)
 
@@ -135,6 +136,10 @@ class _Answer:
             if end.completion_tokens > 1 and decode > 0:
                 timings.tokens_per_s = round((end.completion_tokens - 1) / decode, 2)
         return timings
+
+
+def _logprob(token: engine.Scored, *top: engine.Scored) -> TokenLogprob:
+    return TokenLogprob(**token._asdict(), top=[Alternative(**other._asdict()) for other in top])
 
 
 def _ms_since(then: float) -> float:

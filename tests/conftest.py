@@ -12,6 +12,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from handlers import dispatcher
 from LLM._base_model_handler import LoadOptions
+from LLM.engine.worker import EngineSettings
 from LLM.model_service import MODELS_ROOT, ModelService
 from tests.checker import Checker
 from wsserver.config import Config
@@ -97,7 +98,8 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
-    models = ModelService(model, LoadOptions(dtype, config.device), config.max_active, root)
+    options = LoadOptions(dtype, config.device, kv_memory=config.kv_memory, threads=config.threads)
+    models = ModelService(model, options, EngineSettings(config.max_active, config.prefill_stretch), root)
     try:
         async with Server(config, dispatcher(models)) as server:
             yield Running(server, models)

@@ -17,7 +17,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from LLM._base_model_handler import LoadedModel, LoadOptions, Progress
-from LLM.engine.scheduler import Slice
+from LLM.engine.request import Sampled
+from LLM.engine.sequence import Slice
 from LLM.model import Waiter
 from LLM.model_service import Listed, ModelService
 from LLM.model_srv_wsserver_echo import EchoRunner, ModelHandler
@@ -60,7 +61,10 @@ class Gate:
 class ScriptedModel(ModelHandler):
     """A drop-in and its runner in one. Its steps wait for permits; its loads do once the test has shut their gate."""
 
-    memory_bytes = 4711
+    memory_bytes, kv_bytes = 4711, 0
+    # Without reuse, so that a test can say which tokens each step carries; `block_count` is for the test to set.
+    block_count, block_size, reuses_blocks = 1 << 16, 16, False
+    max_prefill = 256
 
     def __init__(self, context_length: int = 65536) -> None:
         self.step_gate = Gate(0)
@@ -75,7 +79,8 @@ class ScriptedModel(ModelHandler):
         self.load_errors: list[BaseException] = []
         self.encode_errors: list[BaseException] = []
         self.step_errors: dict[int, BaseException] = {}
-        self.step_results: dict[int, list[int | None]] = {}
+        self.step_results: dict[int, list[Sampled | None]] = {}
+        self.notes: list[str] = []
         self._context_length = context_length
         self._steps_before = 0
         self._echo = EchoRunner()
@@ -116,7 +121,7 @@ class ScriptedModel(ModelHandler):
 
     # The runner.
 
-    def step(self, batch: list[Slice]) -> list[int | None]:
+    def step(self, batch: list[Slice]) -> list[Sampled | None]:
         self.steps.append(batch)
         number = len(self.steps)
         self.step_gate.enter()

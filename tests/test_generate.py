@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from LLM.engine.scheduler import Slice
+from LLM.engine.sequence import Slice
 from tests.conftest import Client
 from tests.scripted import Gate, in_engine, scripted
 

@@ -9,6 +9,7 @@ import pytest
 
 from LLM import model_srv_huggingfacetb_smollm2_135m_instruct as smollm2
 from LLM._base_model_handler import BaseModelHandler, LoadOptions
+from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.model import Waiter
 from LLM.model_service import ModelService, drop_in_name, list_models
@@ -18,7 +19,7 @@ from tests.scripted import ScriptedModel, put
 
 @pytest.fixture
 async def service() -> AsyncIterator[ModelService]:
-    service = ModelService(ECHO, LoadOptions(), capacity=2)
+    service = ModelService(ECHO, LoadOptions(), settings=EngineSettings(2))
     try:
         yield service
     finally:

@@ -11,8 +11,9 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from LLM.engine.runner import TransformersRunner
-from LLM.engine.scheduler import Slice
+from LLM.engine.runner import PagedRunner
+from LLM.engine.request import Sampled
+from LLM.engine.sequence import Slice
 from LLM.errors import Refused
 from tests.conftest import DEFAULT_MODEL, ECHO, Client, Running, running
 
@@ -209,20 +210,20 @@ class Steps:
         self.freed: list[Hashable] = []
         self.begun: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._gate = threading.Semaphore(0)
-        step, free = TransformersRunner.step, TransformersRunner.free
+        step, free = PagedRunner.step, PagedRunner.free
 
-        def counted_step(runner: TransformersRunner, batch: list[Slice]) -> list[int | None]:
+        def counted_step(runner: PagedRunner, batch: list[Slice]) -> list[Sampled | None]:
             self.batches.append(batch)
             self.begun.put(len(self.batches))
             assert self._gate.acquire(timeout=60), "the test never let this step go"
             return step(runner, batch)
 
-        def counted_free(runner: TransformersRunner, key: Hashable) -> None:
+        def counted_free(runner: PagedRunner, key: Hashable) -> None:
             self.freed.append(key)
             free(runner, key)
 
-        monkeypatch.setattr(TransformersRunner, "step", counted_step)
-        monkeypatch.setattr(TransformersRunner, "free", counted_free)
+        monkeypatch.setattr(PagedRunner, "step", counted_step)
+        monkeypatch.setattr(PagedRunner, "free", counted_free)
 
     async def stand_before(self, number: int) -> None:
         """Let steps go until the one with this number stands before the gate."""

@@ -14,9 +14,10 @@ import pytest
 from LLM._base_model_handler import LoadedModel, LoadOptions
 from LLM.engine import thread as thread_module
 from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued, Started, Timings
-from LLM.engine.scheduler import Slice
+from LLM.engine.sequence import Slice
 from LLM.engine.stream import GenerationStream
 from LLM.engine.thread import GenerationEngine
+from LLM.engine.worker import EngineSettings
 from LLM.model_srv_wsserver_echo import END, ModelHandler
 from tests.conftest import eventually
 from tests.scripted import ScriptedModel
@@ -38,7 +39,7 @@ def request(id: str, text: str = "hello", max_tokens: int = 5000, **details: obj
 
 @contextlib.asynccontextmanager
 async def started(model: ScriptedModel | None = None, capacity: int = 4) -> AsyncIterator[tuple[Engine, ScriptedModel]]:
-    model, engine = model or ScriptedModel(), Engine(capacity)
+    model, engine = model or ScriptedModel(), Engine(EngineSettings(capacity))
     await engine.start(lambda: load(model))
     try:
         yield engine, model

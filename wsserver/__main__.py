@@ -12,6 +12,7 @@ import orjson
 
 from handlers import dispatcher
 from LLM._base_model_handler import LoadOptions
+from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.model import Waiter
 from LLM.model_service import ModelService
@@ -54,7 +55,8 @@ async def serve(config: Config) -> None:
         Refused: the default model is not there, or cannot be loaded.
         OSError: the address cannot be listened on.
     """
-    models = ModelService(config.model, LoadOptions(config.dtype, config.device), config.max_active)
+    options = LoadOptions(config.dtype, config.device, kv_memory=config.kv_memory, threads=config.threads)
+    models = ModelService(config.model, options, EngineSettings(config.max_active, config.prefill_stretch))
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
         server = await closing.enter_async_context(Server(config, dispatcher(models)))

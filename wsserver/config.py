@@ -28,6 +28,9 @@ class Config:
     device: str = "auto"
     dtype: str = "auto"
     max_active: int = 8
+    kv_memory: int | None = None
+    prefill_stretch: float = 3.0
+    threads: int | None = None
     drain_timeout: float = 10.0
     log_level: str = "info"
 
@@ -60,7 +63,8 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         key = name.replace("-", "_")
         # argparse runs a string default through `type`, so a bad value in the environment is refused like a bad option.
         default = environment.get(f"WSSERVER_{key.upper()}", defaults[key])
-        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: {defaults[key]})", **details)
+        shown = "auto" if defaults[key] is None else defaults[key]
+        parser.add_argument(f"--{name}", default=default, help=f"{help} (default: {shown})", **details)
 
     option("host", "address to listen on", metavar="ADDRESS")
     option("port", "port to listen on, 0 for any free one", type=_port, metavar="N")
@@ -71,8 +75,26 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         type=_device,
         metavar="DEVICE",
     )
-    option("dtype", "precision: auto is the model's own on a GPU, float32 on a CPU", type=_dtype, metavar="DTYPE")
+    option(
+        "dtype",
+        "precision: auto is the model's own on a GPU, and on a CPU that has instructions for bfloat16, else float32",
+        type=_dtype,
+        metavar="DTYPE",
+    )
     option("max-active", "generations that run at once on a model; more wait in line", type=_positive, metavar="N")
+    option(
+        "kv-memory",
+        "memory of a model's KV cache, like 512MiB or 20GB; auto is 1GiB on a CPU, 90 %% of what is free on a GPU",
+        type=_size,
+        metavar="SIZE",
+    )
+    option(
+        "prefill-stretch",
+        "how much longer than a decode step one may take that carries prompts too, 1 or more",
+        type=_stretch,
+        metavar="X",
+    )
+    option("threads", "threads of a model on a CPU; auto is one less than there are cores", type=_threads, metavar="N")
     option("drain-timeout", "seconds that running generations get to finish after SIGTERM", type=_seconds, metavar="S")
     option("log-level", "how much to log: debug, info, warning, error", type=_log_level, metavar="LEVEL")
     return parser
@@ -88,6 +110,26 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
     return int(text)
+
+
+def _threads(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
+
+
+def _size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; use auto, or a number with MB, GB, MiB or GiB, like 2GiB")
+    base = 1024 if "i" in found[2] else 1000
+    return int(float(found[1]) * base ** "BKMGT".index(found[2][0]))
+
+
+def _stretch(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more, like 3 or 2.5")
+    return float(text)
 
 
 def _seconds(text: str) -> float:

@@ -5,6 +5,7 @@ Pure: no sockets and no tasks. Frames of different ids may pass each other by me
 
 from collections import OrderedDict
 
+import msgspec
 import orjson
 
 from wsserver.protocol import Done, Error, Loading, Prefill, Queued, ServerMessage, Token, encode
@@ -44,7 +45,7 @@ class Outbox:
         place = self._last.get(id) if id is not None else None
         if place is not None and (joined := _join(self._frames[place], frame)):
             # Measuring a growing text again for every token that joins it would cost the square of its length.
-            size = self._sizes[place] + _length(frame.text) if isinstance(frame, Token) else _size(joined)
+            size = self._sizes[place] + _content(frame) if isinstance(frame, Token) else _size(joined)
             self._put(place, joined, size)
             return
         self._serial += 1
@@ -91,7 +92,11 @@ class Outbox:
 def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
     """Make one frame of an id's newest unread one and the next; None if both have to be sent."""
     if isinstance(unread, Token) and isinstance(frame, Token):
-        return Token(id=frame.id, seq=unread.seq, n=unread.n + frame.n, text=unread.text + frame.text)
+        # Both have log probabilities or neither. The unread frame is the outbox's own, so its list may grow in place.
+        logprobs = unread.logprobs
+        if logprobs is not None and frame.logprobs is not None:
+            logprobs.extend(frame.logprobs)
+        return Token(id=frame.id, seq=unread.seq, n=unread.n + frame.n, text=unread.text + frame.text, logprobs=logprobs)
     if isinstance(frame, _PROGRESS) and type(unread) is type(frame):
         return frame  # progress: only the newest counts
     return None
@@ -99,8 +104,14 @@ def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
 
 def _size(frame: ServerMessage) -> int:
     if isinstance(frame, Token):
-        return TOKEN_FRAME_BYTES + _length(frame.id) + _length(frame.text)
+        return TOKEN_FRAME_BYTES + _length(frame.id) + _content(frame)
     return len(encode(frame))
+
+
+def _content(frame: Token) -> int:
+    """Give the bytes that a token frame's content adds to the frame it joins."""
+    logprobs = 0 if frame.logprobs is None else len(orjson.dumps(frame.logprobs, default=msgspec.to_builtins))
+    return _length(frame.text) + logprobs
 
 
 def _length(text: str) -> int:

@@ -116,6 +116,8 @@ class Generate(_Message):
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("send exactly one of messages and prompt")
+        if self.logprobs is not None and self.stream is False:
+            raise ValueError("logprobs come in token frames; leave out logprobs, or stream")
 
 
 class Cancel(_Message):
@@ -195,13 +197,28 @@ class Prefill(_Message):
     total: int
 
 
+class Alternative(Struct, kw_only=True, omit_defaults=True):
+    """A token that could stand in a place; it has no `text` if it is no whole text by itself."""
+
+    token_id: int
+    text: str | None = None
+    logprob: float
+
+
+class TokenLogprob(Alternative, kw_only=True):
+    """A token of the answer, with the likeliest ones for its place."""
+
+    top: list[Alternative] = []
+
+
 class Token(_Message):
-    """Text of `n` tokens, the first of which is number `seq` of the answer."""
+    """Text of `n` tokens, the first of which is number `seq` of the answer; `logprobs` has an entry for each of them."""
 
     id: str
     seq: int
     n: int
     text: str
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Usage(Struct, kw_only=True):

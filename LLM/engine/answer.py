@@ -2,9 +2,11 @@
 
 import time
 
-from LLM.engine.detokenizer import Detokenizer
-from LLM.engine.request import Delta, Finished, FinishReason, Prefill, Started, Timings
-from LLM.engine.scheduler import Sequence
+from tokenizers import Tokenizer
+
+from LLM.engine.detokenizer import REPLACEMENT, Detokenizer
+from LLM.engine.request import Alternative, Delta, Finished, FinishReason, Prefill, Scored, Started, Timings
+from LLM.engine.sequence import Sequence
 from LLM.engine.stream import GenerationStream
 
 PREFILL_INTERVAL = 0.2  # seconds between two Prefill parts of one request
@@ -13,33 +15,39 @@ PREFILL_INTERVAL = 0.2  # seconds between two Prefill parts of one request
 class Answer:
     """One request's way from token ids to parts: its text, its end, its times."""
 
-    def __init__(self, stream: GenerationStream, sequence: Sequence, detokenizer: Detokenizer) -> None:
+    def __init__(self, stream: GenerationStream, sequence: Sequence, tokenizer: Tokenizer) -> None:
         self.stream = stream
         self.request = sequence.request
         self._sequence = sequence
-        self._detokenizer = detokenizer
-        self._unseen = 0  # tokens sampled since the last Delta
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, self.request.prompt_ids, self.request.stop)
+        # Tokens sampled since the last Delta, and what is to be told of them.
+        self._unseen = 0
+        self._unseen_logprobs: list[tuple[Scored, ...]] = []
         self._arrived = time.monotonic()
         self._prefill_told = 0.0
+        self._prefill_done = 0
         self._started: float | None = None
         self._first_token: float | None = None
 
     def start(self) -> Started:
         """Begin its prefill."""
         self._started = time.monotonic()
-        return Started(len(self.request.prompt_ids))
+        return Started(len(self.request.prompt_ids), self._sequence.cached_tokens)
 
     def prefill(self, done: int) -> Prefill | None:
-        """Tell the prefill's progress, unless that was told a moment ago."""
+        """Tell the prefill's progress, unless that was told a moment ago, or before the sequence was preempted."""
         now = time.monotonic()
-        if now - self._prefill_told < PREFILL_INTERVAL:
+        if now - self._prefill_told < PREFILL_INTERVAL or done <= self._prefill_done or self._first_token:
             return None
-        self._prefill_told = now
+        self._prefill_told, self._prefill_done = now, done
         return Prefill(done, len(self.request.prompt_ids))
 
-    def take(self, token_id: int) -> tuple[Delta | None, FinishReason | None]:
+    def take(self, token_id: int, alternatives: tuple[Alternative, ...]) -> tuple[Delta | None, FinishReason | None]:
         """Append a sampled token; give the text that became safe to show, and the reason if this is the end."""
         self._sequence.token_ids.append(token_id)
+        if alternatives:
+            self._unseen_logprobs.append(tuple(self._scored(*alternative) for alternative in alternatives))
         self._first_token = self._first_token or time.monotonic()
         self._unseen += 1
         if token_id in self.request.end_token_ids:
@@ -58,6 +66,7 @@ class Answer:
             reason=reason,
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=self._sequence.completion_tokens,
+            cached_tokens=self._sequence.cached_tokens,
             timings=Timings(
                 total=time.monotonic() - self._arrived,
                 started=self._started and self._started - self._arrived,
@@ -68,5 +77,11 @@ class Answer:
     def _delta(self, text: str) -> Delta | None:
         if not text:
             return None
-        n, self._unseen = self._unseen, 0
-        return Delta(text, n)
+        delta = Delta(text, self._unseen, tuple(self._unseen_logprobs))
+        self._unseen = 0
+        self._unseen_logprobs.clear()
+        return delta
+
+    def _scored(self, token_id: int, logprob: float) -> Scored:
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return Scored(token_id, None if REPLACEMENT in text else text, logprob)

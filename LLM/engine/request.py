@@ -5,11 +5,11 @@ A stream's parts come in this order: Queued*, Started?, Prefill*, Delta*, and ex
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from LLM.errors import Reason
 
-FinishReason = Literal["stop", "length", "cancelled", "shutdown", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "shutdown", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class GenerationRequest:
     """One prompt to be continued.
 
     `key` names the request to the engine and must be unique among those open. `end_token_ids` end the text and are
-    never shown; they, and they alone, are held off until `min_tokens` tokens exist.
+    never shown; they, and they alone, are held off until `min_tokens` tokens exist. `logprobs` is how many alternatives to
+    tell with each token's log probability, None for no log probabilities at all. At `deadline`, in seconds of the
+    monotonic clock, the request ends wherever it is.
     """
 
     key: Hashable
@@ -42,6 +44,26 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     end_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
+    logprobs: int | None = None
+    deadline: float | None = None
+
+
+class Alternative(NamedTuple):
+    """A token that could come next, and its log probability in the model's own distribution, before all sampling."""
+
+    token_id: int
+    logprob: float
+
+
+class Sampled(NamedTuple):
+    """The token drawn for a sequence; None if its logits were no numbers.
+
+    `alternatives` is empty unless log probabilities were asked for; then it begins with the drawn token, and the likeliest
+    ones follow, that one possibly among them again.
+    """
+
+    token_id: int | None
+    alternatives: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +89,24 @@ class Prefill:
     total: int
 
 
+class Scored(NamedTuple):
+    """A token with its log probability; `text` is None for a token that is no whole text by itself."""
+
+    token_id: int
+    text: str | None
+    logprob: float
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that may be shown, and how many tokens' sampling it took to know it."""
+    """Text that may be shown, and how many tokens' sampling it took to know it.
+
+    `logprobs` has an entry for each of the `n` tokens if they were asked for: the token itself, then its alternatives.
+    """
 
     text: str
     n: int
+    logprobs: tuple[tuple[Scored, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,47 +1,164 @@
-"""The forward pass over a transformers model: every running sequence has a KV cache of its own. Knows no scheduling.
+"""The forward pass of a step: all its slices packed in one row, over a paged KV cache. Knows slices and tensors, no scheduling.
 
-A runner is what the engine thread calls; the echo model has another one, without tensors.
+A runner is what the engine thread calls. This one serves every model whose attention goes through transformers' attention
+interface; `plain_runner.py` has the one for the others, and the echo model one of its own, without tensors.
 """
 
 from collections.abc import Hashable
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
 
+from LLM.engine.attention import NAME, PagedCache, Row, Step
+from LLM.engine.request import GenerationRequest, Sampled
 from LLM.engine.sampler import sample
-from LLM.engine.scheduler import Slice
+from LLM.engine.sequence import Sequence, Slice
+
+BLOCK_SIZE = 16
+# What a chunk of prompt may hold: on a CPU a step of this many is what a cancel may have to wait for, on a GPU the first
+# size at which the weights' way through memory no longer counts.
+MAX_PREFILL = {"cpu": 256, "cuda": 2048}
+PROBE = 40  # tokens of the forward pass that says whether a model can be paged
 
 
-class TransformersRunner:
-    """Runs slices one after the other through a causal language model of transformers."""
+class DoesNotFit(Exception):
+    """The model's attention cannot be paged; the message says why."""
 
-    def __init__(self, model: Any) -> None:
+
+class PagedRunner:
+    """Runs all slices of a step in one forward pass."""
+
+    reuses_blocks = True
+
+    def __init__(self, model: Any, cache: PagedCache) -> None:
         self._model = model
-        self._caches: dict[Hashable, DynamicCache] = {}
-        tensors = [*model.parameters(), *model.buffers()]
-        self.memory_bytes: int = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+        self._cache = cache
+        self.block_count = cache.blocks
+        self.block_size = cache.block_size
+        self.max_prefill = MAX_PREFILL.get(model.device.type, 256)
+        self.notes: list[str] = []
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the weights and the KV cache take."""
+        return weight_bytes(self._model) + self.kv_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """What the KV cache takes; it is made by the first forward pass."""
+        return self._cache.nbytes
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Run one token through the model, so that the first request does not pay for what torch does once."""
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
-        self._model(input_ids=ids, use_cache=False)
+    def step(self, batch: list[Slice]) -> list[Sampled | None]:
+        """Advance each slice's sequence; give what was sampled after it, None where its prefill is not finished.
 
-    @torch.inference_mode()
-    def step(self, batch: list[Slice]) -> list[int | None]:
-        """Advance each slice's sequence; give the token sampled after it, None where its prefill is not finished."""
-        return [self._advance(part) for part in batch]
+        Raises:
+            MemoryError: the device had not enough memory.
+        """
+        sampled = [part for part in batch if part.samples]
+        ends = [end for part, end in zip(batch, _ends(batch), strict=True) if part.samples]
+        try:
+            logits = self.forward(batch, ends)
+            tokens = iter(sample(logits, [part.sequence for part in sampled]) if sampled else ())
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+        return [next(tokens) if part.samples else None for part in batch]
 
     def free(self, key: Hashable) -> None:
-        """Drop a sequence's KV cache; unknown keys are those whose prefill never began."""
-        self._caches.pop(key, None)
+        """Nothing is kept by key: the blocks are the scheduler's."""
 
-    def _advance(self, part: Slice) -> int | None:
-        sequence = part.sequence
-        cache = self._caches.get(sequence.request.key)
-        if cache is None:
-            cache = self._caches[sequence.request.key] = DynamicCache(config=self._model.config)
-        ids = torch.tensor([sequence.token_ids[part.start : part.stop]], device=self._model.device)
-        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return sample(output.logits[0, -1], sequence) if part.samples else None
+    def warm_up(self) -> None:
+        """Run one token through the model, so that the first request does not pay for what is done once."""
+        sequence = Sequence(GenerationRequest("warm-up", (0,), 1), blocks=[0])
+        self.forward([Slice(sequence, 0, 1)], [0])
+
+    @torch.inference_mode()
+    def forward(self, batch: list[Slice], ends: list[int]) -> Tensor:
+        """Give the logits [len(ends), vocabulary] at places `ends` of the packed row."""
+        device = self._model.device
+        ids = [token_id for part in batch for token_id in part.sequence.token_ids[part.start : part.stop]]
+        positions = [position for part in batch for position in range(part.start, part.stop)]
+        output = self._model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            # Nothing is asked for when no prompt ends in this step, but 0 would mean everything.
+            logits_to_keep=torch.tensor(ends or [0], device=device),
+            step=self._describe(batch),
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _describe(self, batch: list[Slice]) -> Step:
+        size, device = self.block_size, self._model.device
+        slots, rows, first = [], [], 0
+        for part in batch:
+            blocks = part.sequence.blocks
+            slots += [blocks[position // size] * size + position % size for position in range(part.start, part.stop)]
+            last = first + part.stop - part.start
+            used = torch.tensor(blocks[: -(-part.stop // size)], device=device)
+            rows.append(Row(first, last, part.stop, used))
+            first = last
+        return Step(self._cache, torch.tensor(slots, device=device), tuple(rows))
+
+
+def _ends(batch: list[Slice]) -> list[int]:
+    """Give the place of each slice's last token in the packed row."""
+    ends, place = [], -1
+    for part in batch:
+        place += part.stop - part.start
+        ends.append(place)
+    return ends
+
+
+def weight_bytes(model: Any) -> int:
+    """Give the memory of a model's weights; tied ones count once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def page(model: Any) -> int:
+    """Make a model attend over a paged cache, and give the bytes that one of its tokens takes there.
+
+    One forward pass, in two chunks over scattered blocks, is compared with the model's own attention.
+
+    Raises:
+        DoesNotFit: the model does not do there what it does with its own attention, which it has again.
+    """
+    own = model.config._attn_implementation
+    try:
+        return _try_paged(model)
+    except Exception as error:
+        # Whatever went wrong in another's code, the model's own way is still there.
+        model.set_attn_implementation(own)
+        raise DoesNotFit(str(error) or type(error).__name__) from error
+
+
+@torch.inference_mode()
+def _try_paged(model: Any) -> int:
+    config = model.config.get_text_config()
+    ids = [(7919 * i + 11) % config.vocab_size for i in range(PROBE)]
+    expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+    model.set_attn_implementation(NAME)
+    cache = PagedCache(10, BLOCK_SIZE)
+    sequence = Sequence(GenerationRequest("probe", tuple(ids), 1))
+    sequence.blocks = [5, 3, 9]
+    runner = PagedRunner(model, cache)
+    runner.forward([Slice(sequence, 0, 23)], [])
+    found = runner.forward([Slice(sequence, 23, PROBE)], [PROBE - 24])[0].float()
+    error = float((found - expected).norm() / expected.norm())
+    if not error < (1e-4 if model.dtype == torch.float32 else 5e-2):
+        raise DoesNotFit(f"its logits differ from those of its own attention by {error:.1e}")
+    if cache.windows != (windows := _windows(config)):
+        raise DoesNotFit(f"its layers see {cache.windows} tokens back, where its configuration says {windows}")
+    return cache.nbytes // (cache.blocks * cache.block_size)
+
+
+def _windows(config: Any) -> dict[int, int | None]:
+    """Give how far back each layer sees by the model's configuration; the probe is too short to show it."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if strange := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise DoesNotFit(f"it has layers of {', '.join(sorted(strange))}")
+    return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds)}

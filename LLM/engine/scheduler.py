@@ -1,120 +1,157 @@
-"""Which sequence goes forward next: waiting and running requests, chunked prefill, cancel in every state.
+"""Which tokens go forward next: waiting and running requests, packed and chunked prefill, preemption, cancel anywhere.
 
-Pure: no threads, no tensors, no clock. A sequence is waiting, running (its prefill done in chunks, then decoding) or gone.
+Pure: no threads, no tensors, no clock. A sequence is waiting (it has no blocks), running, or gone. Every step takes one
+token of each sequence that decodes, and fills what is left of its token budget with prompts, first come, first served.
 """
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator
 
+from LLM.engine.kv_cache import BlockPool
+from LLM.engine.pacing import Pacing
 from LLM.engine.request import GenerationRequest
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request on its way: its token ids so far, and how many of them the KV cache holds."""
-
-    request: GenerationRequest
-    token_ids: list[int] = field(init=False)
-    computed: int = 0
-    position_told: int = 0
-
-    def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_ids)
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether part of the prompt is still to be computed."""
-        return self.computed < len(self.request.prompt_ids)
-
-    @property
-    def completion_ids(self) -> list[int]:
-        """The ids sampled so far."""
-        return self.token_ids[len(self.request.prompt_ids) :]
-
-    @property
-    def completion_tokens(self) -> int:
-        """How many ids were sampled so far."""
-        return len(self.token_ids) - len(self.request.prompt_ids)
-
-
-class Slice(NamedTuple):
-    """A run of one sequence's tokens that goes forward in this step; its last one yields a new token if it is the end."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @property
-    def begins(self) -> bool:
-        """Whether the request's prefill begins here."""
-        return self.start == 0
-
-    @property
-    def samples(self) -> bool:
-        """Whether a token is sampled after this slice."""
-        return self.stop == len(self.sequence.token_ids)
+from LLM.engine.sequence import Sequence, Slice
 
 
 class Scheduler:
-    """First come, first served over `capacity` running sequences.
+    """First come, first served over `capacity` running sequences and the blocks of `pool`."""
 
-    A step is either one chunk of one prompt or one token of every decoding sequence; the two alternate, so that a long
-    prompt neither waits for the running streams nor freezes them.
-    """
-
-    def __init__(self, capacity: int, prefill_chunk: int = 256, max_waiting: int = 256) -> None:
+    def __init__(self, capacity: int, pool: BlockPool, pacing: Pacing, max_waiting: int = 256, reuse: bool = True) -> None:
         self.capacity = capacity
-        self.prefill_chunk = prefill_chunk
+        self.pool = pool
+        self.pacing = pacing
         self.max_waiting = max_waiting
         self.waiting: dict[Hashable, Sequence] = {}
         self.running: dict[Hashable, Sequence] = {}
-        self._decode_is_due = False
+        self._reuse = reuse
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
+    def can_ever_run(self, request: GenerationRequest) -> bool:
+        """Whether the whole cache is large enough for this request alone."""
+        return self.pool.blocks_for(Sequence(request).most_tokens) <= self.pool.count
+
     def add(self, request: GenerationRequest) -> Sequence | None:
-        """Take a request in at the end of the line; None if the line is full."""
+        """Take in, at the end of the line, a request that can ever run; None if the line is full."""
         if len(self.waiting) >= self.max_waiting:
             return None
         sequence = self.waiting[request.key] = Sequence(request)
         return sequence
 
     def remove(self, key: Hashable) -> Sequence | None:
-        """Let go of a request, waiting or running; None if it is gone already."""
-        return self.waiting.pop(key, None) or self.running.pop(key, None)
+        """Let go of a request, waiting or running, and of its blocks; None if it is gone already."""
+        sequence = self.waiting.pop(key, None) or self.running.pop(key, None)
+        if sequence is not None:
+            self._release(sequence)
+        return sequence
+
+    def expired(self, now: float) -> list[Hashable]:
+        """Give the keys of those whose deadline has come, waiting or running."""
+        everybody = [*self.waiting.items(), *self.running.items()]
+        return [key for key, s in everybody if s.request.deadline is not None and s.request.deadline <= now]
 
     def next_batch(self) -> list[Slice]:
-        """Give the slices of the next step, empty if idle; their tokens count as computed from here on."""
-        prompt = self._prompt_in_prefill()
-        decoding = [s for s in self.running.values() if not s.prefilling]
-        if prompt and not (self._decode_is_due and decoding):
-            self._decode_is_due = True
-            stop = min(prompt.computed + self.prefill_chunk, len(prompt.token_ids))
-            batch = [Slice(prompt, prompt.computed, stop)]
-        else:
-            self._decode_is_due = False
-            batch = [Slice(s, s.computed, len(s.token_ids)) for s in decoding]
-        for sequence, _, stop in batch:
-            sequence.computed = stop
+        """Give the slices of the next step, those that decode first; empty if idle.
+
+        Nothing counts as computed before `retire`: a step that failed for want of memory may simply be asked for again.
+        """
+        batch = [
+            Slice(sequence, sequence.computed, len(sequence.token_ids))
+            for sequence in list(self.running.values())
+            if sequence.remaining == 1 and sequence.began and self._has_room(sequence)
+        ]
+        budget = self.pacing.prefill_budget(decoding=len(batch))
+        for sequence in self._in_prefill(budget > 0):
+            stop = min(sequence.computed + budget, len(sequence.token_ids))
+            budget -= stop - sequence.computed
+            batch.append(Slice(sequence, sequence.computed, stop, begins=not sequence.began))
+            sequence.began = True
+            if not budget:
+                break
         return batch
+
+    def retire(self, batch: list[Slice]) -> None:
+        """Count a step's slices as computed, and make the blocks they filled findable."""
+        for part in batch:
+            sequence, size = part.sequence, self.pool.block_size
+            sequence.computed = part.stop
+            full = part.stop // size
+            if self._reuse and full > part.start // size:
+                hashes = sequence.hashes(full, size)
+                for index in range(part.start // size, full):
+                    self.pool.remember(sequence.blocks[index], hashes[index])
 
     def moved(self) -> list[tuple[Hashable, int]]:
         """Give (key, position) of every waiting request whose position changed since it was last told; 1 is next."""
         moved = []
         for position, (key, sequence) in enumerate(self.waiting.items(), 1):
-            if sequence.position_told != position:
+            if sequence.position_told != position and not sequence.began:
                 sequence.position_told = position
                 moved.append((key, position))
         return moved
 
-    def _prompt_in_prefill(self) -> Sequence | None:
-        # One prompt at a time: the others' first tokens come sooner than if all shared the steps.
-        prompt = next((s for s in self.running.values() if s.prefilling), None)
-        if prompt is None and self.waiting and len(self.running) < self.capacity:
-            key = next(iter(self.waiting))
-            prompt = self.running[key] = self.waiting.pop(key)
-        return prompt
+    def run_one_less(self) -> bool:
+        """Put the youngest running sequence back in line and run that many from now on; False if only one runs."""
+        if len(self.running) < 2:
+            return False
+        self.capacity = len(self.running) - 1
+        self._preempt(next(reversed(self.running.values())))
+        return True
+
+    def _in_prefill(self, admits: bool) -> Iterator[Sequence]:
+        """Give the running sequences that have more to compute than a decode step, then those that can start to run."""
+        if not admits:
+            return
+        yield from [s for s in self.running.values() if s.remaining > 1 or not s.began]
+        while self.waiting and len(self.running) < self.capacity:
+            key, sequence = next(iter(self.waiting.items()))
+            if not self._admit(sequence):
+                return
+            self.running[key] = self.waiting.pop(key)
+            yield sequence
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence the blocks for its tokens, reusing those that are found."""
+        # The last token is computed again in any case: its logits are what the next token is drawn from.
+        reusable = (len(sequence.token_ids) - 1) // self.pool.block_size
+        found = self.pool.find(sequence.hashes(reusable, self.pool.block_size)) if self._reuse else []
+        self.pool.share(found)
+        # Room for the next token too: a sequence that came to the end of its blocks would only be preempted again.
+        tokens = min(len(sequence.token_ids) + 1, sequence.most_tokens)
+        fresh = self.pool.take(self.pool.blocks_for(tokens) - len(found))
+        if fresh is None:
+            self.pool.release(found)
+            return False
+        sequence.blocks = found + fresh
+        sequence.computed = len(found) * self.pool.block_size
+        if not sequence.began:
+            sequence.cached_tokens = sequence.computed
+        return True
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Make room for a decoding sequence's token, if need be by preempting the youngest; False if that is itself."""
+        if self.running.get(sequence.request.key) is not sequence:
+            return False  # preempted a moment ago, for an older one
+        while len(sequence.blocks) * self.pool.block_size < len(sequence.token_ids):
+            if fresh := self.pool.take(1):
+                sequence.blocks += fresh
+                continue
+            youngest = next(reversed(self.running.values()))
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        # By recomputation: it goes back to the head of the line, and finds again what nobody needed meanwhile.
+        key = sequence.request.key
+        del self.running[key]
+        self._release(sequence)
+        self.waiting = {key: sequence, **self.waiting}
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0

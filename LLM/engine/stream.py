@@ -64,7 +64,7 @@ class GenerationStream:
             self.completion_tokens += part.n
         last = self._unread[-1] if self._unread else None
         if isinstance(last, Delta) and isinstance(part, Delta):
-            self._unread[-1] = Delta(last.text + part.text, last.n + part.n)
+            self._unread[-1] = Delta(last.text + part.text, last.n + part.n, last.logprobs + part.logprobs)
         elif isinstance(part, Queued | Prefill) and type(last) is type(part):
             self._unread[-1] = part
         else:

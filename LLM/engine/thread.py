@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from LLM.engine.request import Delta, Finished, GenerationRequest, Timings
 from LLM.engine.stream import GenerationStream
-from LLM.engine.worker import Cancel, Close, Inbox, Open, Parts, Runner, Worker
+from LLM.engine.worker import Cancel, Close, EngineSettings, Inbox, Open, Parts, Runner, Worker
 from LLM.errors import Reason
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,9 @@ class GenerationEngine:
     called on the event loop's thread.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, settings: EngineSettings) -> None:
+        self.capacity = settings.capacity
+        self._settings = settings
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._inbox: Inbox = queue.SimpleQueue()
         self._streams: dict[Hashable, GenerationStream] = {}
@@ -72,7 +73,7 @@ class GenerationEngine:
         def post(parts: Parts) -> None:
             loop.call_soon_threadsafe(self._deliver, parts)
 
-        worker = Worker(model.runner, model.tokenizer, self.capacity, self._inbox, post)
+        worker = Worker(model.runner, model.tokenizer, self._settings, self._inbox, post)
         self._run = loop.run_in_executor(self._executor, worker.run)
         self._run.add_done_callback(self._ended)
         self.dead = False

@@ -5,6 +5,7 @@ The inbox is read before every step, so a step is the longest that a cancel wait
 
 import logging
 import queue
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,29 +13,61 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 from LLM.engine.answer import Answer
-from LLM.engine.detokenizer import Detokenizer
-from LLM.engine.request import Finished, FinishReason, Part, Queued, Timings
-from LLM.engine.scheduler import Scheduler, Slice
+from LLM.engine.kv_cache import BlockPool
+from LLM.engine.pacing import Pacing
+from LLM.engine.request import Finished, FinishReason, GenerationRequest, Part, Queued, Sampled, Timings
+from LLM.engine.scheduler import Scheduler
+from LLM.engine.sequence import Slice
 from LLM.engine.stream import GenerationStream
 from LLM.errors import Reason
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = "ran out of memory"
 FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; try again")
 
 
 class Runner(Protocol):
     """What runs a model: one call a step, and a word when a sequence is gone."""
 
-    memory_bytes: int
+    # The KV cache, in blocks of so many tokens; and whether what a block held can be used again by another sequence.
+    block_count: int
+    block_size: int
+    reuses_blocks: bool
+    # The most prompt tokens that one step should carry.
+    max_prefill: int
+    # What an operator should know of how this model runs.
+    notes: list[str]
 
-    def step(self, batch: list[Slice]) -> list[int | None]:
-        """Advance each slice's sequence; give the token sampled after it, None where its prefill is not finished."""
+    @property
+    def memory_bytes(self) -> int:
+        """What the weights and the KV cache take."""
+        ...
+
+    @property
+    def kv_bytes(self) -> int:
+        """What the KV cache takes; 0 if there is none, or none of a fixed size."""
+        ...
+
+    def step(self, batch: list[Slice]) -> list[Sampled | None]:
+        """Advance each slice's sequence; give what was sampled after it, None where its prefill is not finished.
+
+        Raises:
+            MemoryError: there was not enough memory; with less in a batch the step can be tried again.
+        """
         ...
 
     def free(self, key: Hashable) -> None:
         """Drop what is kept of a sequence; the key may be unknown."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How an operator wants a model to run: so many sequences at once, and so much longer a step that prefills too."""
+
+    capacity: int = 8
+    prefill_stretch: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +98,18 @@ class Worker:
     """Runs one model's steps until it is told to close."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, capacity: int, inbox: Inbox, post: Callable[[Parts], None]
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        settings: EngineSettings,
+        inbox: Inbox,
+        post: Callable[[Parts], None],
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
-        self._scheduler = Scheduler(capacity)
+        self._pacing = Pacing(runner.max_prefill, settings.prefill_stretch)
+        pool = BlockPool(runner.block_count, runner.block_size)
+        self._scheduler = Scheduler(settings.capacity, pool, self._pacing, reuse=runner.reuses_blocks)
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
         self._post = post
@@ -78,6 +118,8 @@ class Worker:
     def run(self) -> None:
         """Serve the inbox; returns once every request has its end."""
         while not self._read_inbox():
+            for key in self._scheduler.expired(time.monotonic()):
+                self._finish(key, "timeout")
             batch = self._scheduler.next_batch()
             self._announce(batch)
             if batch:
@@ -87,34 +129,65 @@ class Worker:
         self._hand_over()
 
     def _step(self, batch: list[Slice]) -> None:
+        began = time.monotonic()
         try:
-            token_ids = self._runner.step(batch)
+            results = self._runner.step(batch)
+        except MemoryError:
+            log.exception("not enough memory for a step of %d sequences", len(batch))
+            self._spare_memory(batch)
         except Exception:
-            # Whatever the model did, its running sequences' caches can no longer be trusted; those in line can.
+            # Whatever the model did, what its KV cache holds can no longer be trusted; those in line lose nothing.
             log.exception("the model raised in a step; ending its %d running generations", len(self._scheduler.running))
-            for key in list(self._scheduler.running):
-                self._finish(key, "error", FAILED)
+            self._fail_running()
         else:
-            for part, token_id in zip(batch, token_ids, strict=True):
-                try:
-                    self._advance(part, token_id)
-                except BaseException:  # a panic in the tokenizer's Rust code is no Exception
-                    log.exception("one request's tokens could not be made text; ending that request")
-                    self._finish(part.sequence.request.key, "error", FAILED)
+            decoding = sum(part.decodes for part in batch)
+            prefilled = sum(part.stop - part.start for part in batch) - decoding
+            self._pacing.measured(decoding, prefilled, time.monotonic() - began)
+            self._scheduler.retire(batch)
+            for part, sampled in zip(batch, results, strict=True):
+                self._advance(part, sampled)
         self._hand_over()
 
-    def _advance(self, part: Slice, token_id: int | None) -> None:
-        request = part.sequence.request
-        answer = self._answers[request.key]
-        if token_id is None:
-            if prefill := answer.prefill(part.stop):
-                self._parts.append((answer.stream, prefill))
-            return
-        delta, reason = answer.take(token_id)
+    def _advance(self, part: Slice, sampled: Sampled | None) -> None:
+        key = part.sequence.request.key
+        try:
+            if sampled is None:
+                self._prefilled(key, part.stop)
+            elif sampled.token_id is None:
+                log.error("the model's logits for one request are no numbers; ending that request")
+                self._finish(key, "error", FAILED)
+            else:
+                self._sampled(key, sampled.token_id, sampled)
+        except BaseException:  # a panic in the tokenizer's Rust code is no Exception
+            log.exception("one request's tokens could not be made text; ending that request")
+            self._finish(key, "error", FAILED)
+
+    def _prefilled(self, key: Hashable, done: int) -> None:
+        answer = self._answers[key]
+        if prefill := answer.prefill(done):
+            self._parts.append((answer.stream, prefill))
+
+    def _sampled(self, key: Hashable, token_id: int, sampled: Sampled) -> None:
+        answer = self._answers[key]
+        delta, reason = answer.take(token_id, sampled.alternatives)
         if delta:
             self._parts.append((answer.stream, delta))
         if reason:
-            self._finish(request.key, reason)
+            self._finish(key, reason)
+
+    def _spare_memory(self, batch: list[Slice]) -> None:
+        """Go on with less in a step: fewer prompt tokens, then fewer sequences, and only then without those that run."""
+        carries_prompts = not all(part.decodes for part in batch)
+        if not (carries_prompts and self._pacing.shrink()) and not self._scheduler.run_one_less():
+            self._fail_running()
+        note = f"at most {self._pacing.largest} prompt tokens and {self._scheduler.capacity} sequences in a step"
+        others = [note for note in self._runner.notes if not note.startswith(OUT_OF_MEMORY)]
+        self._runner.notes = [*others, f"{OUT_OF_MEMORY}: {note}"]
+
+    def _fail_running(self) -> None:
+        for key in list(self._scheduler.running):
+            self._finish(key, "error", FAILED)
+        self._scheduler.pool.forget()
 
     def _announce(self, batch: list[Slice]) -> None:
         """Post what is true before the step: who starts now, who waits where, who has ended."""
@@ -142,14 +215,22 @@ class Worker:
 
     def _add(self, stream: GenerationStream) -> None:
         request = stream.request
-        sequence = self._scheduler.add(request)
-        if sequence is None:
-            message = f"{self._scheduler.max_waiting} requests wait already; try later"
-            end = Finished("error", len(request.prompt_ids), Timings(0.0), error=("overloaded", message))
-            self._parts.append((stream, end))
-            return
-        detokenizer = Detokenizer(self._tokenizer, request.prompt_ids, request.stop)
-        self._answers[request.key] = Answer(stream, sequence, detokenizer)
+        if not self._scheduler.can_ever_run(request):
+            self._refuse(stream, "context_length_exceeded", self._too_long(request))
+        elif sequence := self._scheduler.add(request):
+            self._answers[request.key] = Answer(stream, sequence, self._tokenizer)
+        else:
+            self._refuse(stream, "overloaded", f"{self._scheduler.max_waiting} requests wait already; try later")
+
+    def _refuse(self, stream: GenerationStream, reason: Reason, message: str) -> None:
+        end = Finished("error", len(stream.request.prompt_ids), Timings(0.0), error=(reason, message))
+        self._parts.append((stream, end))
+
+    def _too_long(self, request: GenerationRequest) -> str:
+        room = self._runner.block_count * self._runner.block_size
+        tokens = len(request.prompt_ids)
+        asked = f"the prompt's {tokens} tokens and the {request.max_tokens} asked for do not fit"
+        return f"{asked} into this model's cache of {room} tokens; shorten the prompt or lower max_tokens"
 
     def _finish(self, key: Hashable, reason: FinishReason, error: tuple[Reason, str] | None = None) -> None:
         if self._scheduler.remove(key) is None:

@@ -1,0 +1,137 @@
+"""Attention over the paged KV cache, called by transformers' own models through its `AttentionInterface`.
+
+One forward pass carries many sequences packed in one row, without padding: a `Step` says which tokens belong together and
+where their keys and values lie. The step travels through the model as a keyword argument of that name. The seam is documented
+at https://huggingface.co/docs/transformers/attention_interface.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "wsserver_paged"
+
+
+class PagedCache:
+    """The keys and values of `blocks` blocks of `block_size` tokens, per layer; a layer's tensors are made when it first writes.
+
+    Shapes: keys and values [blocks, block_size, kv heads, head dimension]. What was never written is never read.
+    """
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        # How many tokens back each layer looks, None for all; known once it has written.
+        self.windows: dict[int, int | None] = {}
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes, in all layers that have written."""
+        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer)
+
+    def layer(self, index: int, key: Tensor, value: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Give a layer's keys and values, made for tokens like `key` and `value`, [tokens, kv heads, head dimension]."""
+        if index not in self._layers:
+            self.windows[index] = window
+            self._layers[index] = (self._empty(key), self._empty(value))
+        return self._layers[index]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return torch.empty(self.blocks, self.block_size, *like.shape[1:], dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part of a step: its tokens `first` to `last` of the packed row, and the blocks of all it has so far."""
+
+    first: int
+    last: int
+    length: int  # tokens in the cache, this step's included
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer must know of a forward pass."""
+
+    cache: PagedCache
+    slots: Tensor
+    rows: tuple[Row, ...]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    step: Step | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend, for one layer, every row of the step to its own sequence.
+
+    Takes query [1, heads, tokens, dimension], key and value [1, kv heads, tokens, dimension]; gives [1, tokens, heads,
+    dimension] and no attention weights. Sequences are causal, and see at most `sliding_window` tokens back.
+    """
+    assert step is not None, "the paged attention is only called with a step"
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    keys, values = step.cache.layer(int(module.layer_idx), key, value, sliding_window)  # type: ignore[arg-type]
+    keys.flatten(0, 1).index_copy_(0, step.slots, key)
+    values.flatten(0, 1).index_copy_(0, step.slots, value)
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    for row in step.rows:
+        k = keys.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
+        v = values.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
+        q = query[0, :, row.first : row.last]
+        output[row.first : row.last] = _attend(q, k, v, scaling, sliding_window, softcap)
+    return output[None], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attend queries [heads, n, d] to keys and values [kv heads, length, d], the last n of which are the queries' own."""
+    heads, n, _ = query.shape
+    groups = key.shape[0]
+    if n == 1:
+        if window is not None:
+            key, value = key[:, -window:], value[:, -window:]
+        # The heads that share a key become the rows of one product: no key is read twice.
+        query = query.reshape(groups, heads // groups, -1)
+        return _softmax(query, key, value, None, scaling, softcap).reshape(1, heads, -1)
+    key, value = (t.repeat_interleave(heads // groups, 0) for t in (key, value))
+    mask = _causal_mask(n, key.shape[1], window, query.device)
+    return _softmax(query, key, value, mask, scaling, softcap).transpose(0, 1)
+
+
+def _softmax(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    if softcap is None:
+        return scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=scaling)[0]
+    scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+@lru_cache(maxsize=8)  # every layer of a step asks for the same
+def _causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Give [n, length], true where a query may look: bottom-right aligned, since the queries are the newest tokens."""
+    position = torch.arange(length - n, length, device=device)[:, None]
+    other = torch.arange(length, device=device)[None]
+    mask = other <= position
+    return mask if window is None else mask & (other > position - window)
+
+
+AttentionInterface.register(NAME, paged_attention)

@@ -1,0 +1,54 @@
+"""The forward pass for models whose attention cannot be paged: one slice after the other, each with transformers' own cache.
+
+Slower, without reuse between requests, and without a bound on the caches' memory; for what `runner.py` cannot serve.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from LLM.engine.request import Sampled
+from LLM.engine.runner import MAX_PREFILL, weight_bytes
+from LLM.engine.sampler import sample
+from LLM.engine.sequence import Slice
+
+
+class PlainRunner:
+    """Runs slices one after the other through a causal language model of transformers."""
+
+    reuses_blocks = False
+    kv_bytes = 0
+    # Its caches grow as they need to. One block holds any sequence, so that none is ever preempted.
+    block_count = 1 << 12
+    block_size = 1 << 24
+
+    def __init__(self, model: Any, note: str) -> None:
+        self._model = model
+        self._caches: dict[Hashable, DynamicCache] = {}
+        self.max_prefill = MAX_PREFILL.get(model.device.type, 256)
+        self.notes = [note]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the weights take."""
+        return weight_bytes(self._model)
+
+    @torch.inference_mode()
+    def step(self, batch: list[Slice]) -> list[Sampled | None]:
+        """Advance each slice's sequence; give what was sampled after it, None where its prefill is not finished."""
+        return [self._advance(part) for part in batch]
+
+    def free(self, key: Hashable) -> None:
+        """Drop a sequence's KV cache; unknown keys are those whose prefill never began."""
+        self._caches.pop(key, None)
+
+    def _advance(self, part: Slice) -> Sampled | None:
+        sequence = part.sequence
+        if part.start == 0:
+            self._caches[sequence.request.key] = DynamicCache(config=self._model.config)
+        cache = self._caches[sequence.request.key]
+        ids = torch.tensor([sequence.token_ids[part.start : part.stop]], device=self._model.device)
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return sample(output.logits[0], [sequence])[0] if part.samples else None
