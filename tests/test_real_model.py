@@ -8,20 +8,17 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from LLM.engine.runner import PagedRunner
 from LLM.engine.request import Sampled
+from LLM.engine.runner import BLOCK_SIZE, PagedRunner
 from LLM.engine.sequence import Slice
 from LLM.errors import Refused
 from tests.conftest import DEFAULT_MODEL, ECHO, Client, Running, running
+from tests.reference import NEW_TOKENS, Reference, assert_the_same
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-NEW_TOKENS = 24
 CHUNK = 256
-TINY_MARGIN = 1e-3  # between the two best logits: nearer than that, either is a right answer in float32
 FABLE = "A fox saw grapes hanging high on a vine, {} of them, and jumped for them again and again. "
 
 PROMPTS = {
@@ -38,46 +35,6 @@ PROMPTS = {
 }
 CHAT = [{"role": "user", "content": "Name a fruit that is red."}]
 LONG_PROMPT = "word " * 3000
-
-
-class Reference:
-    """The stock model, and what it says greedily."""
-
-    def __init__(self, folder: Any) -> None:
-        torch.set_num_threads(1)  # as the server does; two threads on a busy machine mostly wait for each other
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._answers: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
-
-    def answer(self, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
-        """Give the continuation's ids, and by how much each was preferred to the second best."""
-        key = tuple(prompt_ids)
-        if key not in self._answers:
-            ids = torch.tensor([prompt_ids])
-            settings = {
-                "do_sample": False,
-                "max_new_tokens": NEW_TOKENS,
-                "output_logits": True,
-                "return_dict_in_generate": True,
-            }
-            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-            best = [row[0].topk(2).values for row in made.logits]
-            margins = [float(first - second) for first, second in best]
-            self._answers[key] = made.sequences[0, len(prompt_ids) :].tolist(), margins
-        return self._answers[key]
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.backend_tokenizer.decode(ids)
-
-    def of_prompt(self, prompt: str) -> tuple[list[int], list[float]]:
-        return self.answer(self.tokenizer(prompt)["input_ids"])
-
-    def of_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[float]]:
-        return self.answer(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
-
-    def first_difference(self, text: str, ids: list[int]) -> int | None:
-        """Give the number of the first token of the reference's that the text does not have."""
-        return next((n for n in range(len(ids)) if not text.startswith(self.text(ids[: n + 1]).rstrip("\ufffd"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +56,6 @@ async def client(server: Running) -> AsyncIterator[Client]:
 
 def greedy(**fields: Any) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": NEW_TOKENS, **fields}
-
-
-def assert_the_same(reference: Reference, texts: dict[str, str], answers: dict[str, tuple[list[int], list[float]]]) -> None:
-    """Every text is the reference's, but for two at most, and those part from it at a near-tie."""
-    different = {}
-    for name, text in texts.items():
-        ids, margins = answers[name]
-        if text != reference.text(ids):
-            at = reference.first_difference(text, ids)
-            different[name] = margins[at] if at is not None else "longer than the reference"
-    assert len(different) <= 2, different
-    assert all(isinstance(margin, float) and margin < TINY_MARGIN for margin in different.values()), different
 
 
 # Greedy.
@@ -256,13 +201,18 @@ async def test_a_cancel_is_answered_within(
     assert len(steps.freed) == 1
 
 
-async def test_a_long_prompt_goes_through_in_chunks(client: Client, monkeypatch: pytest.MonkeyPatch):
+async def test_a_long_prompt_goes_through_in_chunks_and_again_only_in_its_last_block(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+):
     steps = Steps(monkeypatch)
     steps.open()
-    await client.generate(id="g", **greedy(prompt=PROMPTS["over two chunks"], max_tokens=1))
+    prompt = "In another tale, " + PROMPTS["over two chunks"]
+    dones = [await client.generate(id=id, **greedy(prompt=prompt, max_tokens=1)) for id in ("first", "second")]
+    tokens = dones[0]["usage"]["prompt_tokens"]
+    last_block = (tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
     slices = [(part.start, part.stop) for (part,) in steps.batches]
-    assert slices[:2] == [(0, CHUNK), (CHUNK, 2 * CHUNK)]
-    assert len(slices) == 3
+    assert slices == [(0, CHUNK), (CHUNK, 2 * CHUNK), (2 * CHUNK, tokens), (last_block, tokens)]
+    assert [done["usage"]["cached_tokens"] for done in dones] == [0, last_block]
 
 
 async def test_a_cancel_leaves_its_neighbours_words_as_they_are(client: Client, reference: Reference):
