@@ -13,6 +13,9 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
     "max_active": ("3", 3),
+    "kv_memory": ("1.5GiB", 3 << 29),
+    "prefill_stretch": ("1.5", 1.5),
+    "threads": ("2", 2),
     "drain_timeout": ("0.5", 0.5),
     "log_level": ("debug", "debug"),
 }
@@ -27,6 +30,16 @@ BAD = [
     ("device", ""),
     ("dtype", "float8"),
     ("dtype", "FLOAT32"),
+    ("kv_memory", "1"),
+    ("kv_memory", "0GB"),
+    ("kv_memory", "2 GiB"),
+    ("kv_memory", "-1GB"),
+    ("kv_memory", "lots"),
+    ("prefill_stretch", "0.9"),
+    ("prefill_stretch", "inf"),
+    ("prefill_stretch", "-2"),
+    ("threads", "0"),
+    ("threads", "all"),
     ("max_active", "0"),
     ("max_active", "-3"),
     ("max_active", "many"),
@@ -44,6 +57,10 @@ def flag(name: str) -> str:
 
 def variable(name: str) -> str:
     return "WSSERVER_" + name.upper()
+
+
+def written(default: object) -> str:
+    return "auto" if default is None else str(default)
 
 
 def refused(arguments: Sequence[str], environment: Mapping[str, str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -67,11 +84,27 @@ def test_without_arguments_the_defaults_are_served() -> None:
         device="auto",
         dtype="auto",
         max_active=8,
+        kv_memory=None,
+        prefill_stretch=3.0,
+        threads=None,
         drain_timeout=10.0,
         log_level="info",
     )
     assert parse([], {}) == ("serve", expected)
     assert parse(["serve"], {"WSSERVER_UNKNOWN": "x", "PORT": "1", "HOST": "h"}) == ("serve", expected)
+
+
+@pytest.mark.parametrize("name", ["kv_memory", "threads"])
+def test_auto_may_be_said(name: str) -> None:
+    assert getattr(parse([flag(name), "auto"], {variable(name): "1"})[1], name) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("1B", 1), ("2KB", 2000), ("2KiB", 2048), ("0.5MB", 500_000), ("3GB", 3 * 10**9), ("1TiB", 1 << 40)],
+)
+def test_a_size_is_read_in_its_unit(written: str, size: int) -> None:
+    assert parse(["--kv-memory", written], {})[1].kv_memory == size
 
 
 def test_the_schema_is_a_command_of_its_own() -> None:
@@ -91,8 +124,8 @@ def test_an_option_is_read_from_the_command_line_and_from_the_environment(name: 
 def test_the_command_line_wins_over_the_environment(name: str) -> None:
     text, value = OPTIONS[name]
     default = getattr(Config(), name)
-    assert getattr(parse([flag(name), text], {variable(name): str(default)})[1], name) == value
-    assert getattr(parse([flag(name), str(default)], {variable(name): text})[1], name) == default
+    assert getattr(parse([flag(name), text], {variable(name): written(default)})[1], name) == value
+    assert getattr(parse([flag(name), written(default)], {variable(name): text})[1], name) == default
 
 
 def test_without_an_environment_given_the_process_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,5 +171,5 @@ def test_help_tells_every_option_with_its_default_and_the_environment(
     lines = " ".join(capsys.readouterr().out.split()).split(" --")
     for name in OPTIONS:
         (told,) = [line for line in lines if line.startswith(flag(name)[2:] + " ") and "default" in line]
-        assert f"(default: {getattr(Config(), name)})" in told
+        assert f"(default: {written(getattr(Config(), name))})" in told
     assert any("WSSERVER_MAX_ACTIVE" in line for line in lines)
