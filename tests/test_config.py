@@ -100,11 +100,11 @@ def test_auto_may_be_said(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "size"),
+    ("text", "size"),
     [("1B", 1), ("2KB", 2000), ("2KiB", 2048), ("0.5MB", 500_000), ("3GB", 3 * 10**9), ("1TiB", 1 << 40)],
 )
-def test_a_size_is_read_in_its_unit(written: str, size: int) -> None:
-    assert parse(["--kv-memory", written], {})[1].kv_memory == size
+def test_a_size_is_read_in_its_unit(text: str, size: int) -> None:
+    assert parse(["--kv-memory", text], {})[1].kv_memory == size
 
 
 def test_the_schema_is_a_command_of_its_own() -> None:
