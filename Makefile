@@ -5,12 +5,13 @@ BIN := .venv/bin
 MODEL := LLM/HuggingFaceTB/SmolLM2-135M-Instruct/config.json
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve install test check format clean
+.PHONY: help serve install test torture check format clean
 
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
 	@echo "make install  make .venv with the wsserver command in it, and put the default model into LLM/"
 	@echo "make test     run all tests"
+	@echo "make torture  run the tests that take many minutes"
 	@echo "make check    check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and the default model"
@@ -22,6 +23,9 @@ install: .venv/installed $(MODEL)
 
 test: .venv/installed-dev $(MODEL)
 	$(BIN)/python -m pytest
+
+torture: .venv/installed-dev $(MODEL)
+	$(BIN)/python -m pytest -m torture
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -100,17 +100,16 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attend queries [heads, n, d] to keys and values [kv heads, length, d], the last n of which are the queries' own."""
-    heads, n, _ = query.shape
-    groups = key.shape[0]
-    if n == 1:
-        if window is not None:
-            key, value = key[:, -window:], value[:, -window:]
-        # The heads that share a key become the rows of one product: no key is read twice.
-        query = query.reshape(groups, heads // groups, -1)
-        return _softmax(query, key, value, None, scaling, softcap).reshape(1, heads, -1)
-    key, value = (t.repeat_interleave(heads // groups, 0) for t in (key, value))
-    mask = _causal_mask(n, key.shape[1], window, query.device)
-    return _softmax(query, key, value, mask, scaling, softcap).transpose(0, 1)
+    heads, n, width = query.shape
+    groups, length = key.shape[0], key.shape[1]
+    mask = None
+    if n > 1:
+        mask = _causal_mask(n, heads // groups, length, window, query.device)
+    elif window is not None:
+        key, value = key[:, -window:], value[:, -window:]
+    # The heads that share a key become rows of one product: no key is copied, and none is read twice.
+    rows = query.reshape(groups, heads // groups * n, width)
+    return _softmax(rows, key, value, mask, scaling, softcap).reshape(heads, n, -1).transpose(0, 1)
 
 
 def _softmax(
@@ -126,9 +125,9 @@ def _softmax(
 
 
 @lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _causal_mask(n: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Give [n, length], true where a query may look: bottom-right aligned, since the queries are the newest tokens."""
-    position = torch.arange(length - n, length, device=device)[:, None]
+def _causal_mask(n: int, copies: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Give [copies * n, length], true where a query may look; the queries are the newest n tokens, several times over."""
+    position = torch.arange(length - n, length, device=device).repeat(copies)[:, None]
     other = torch.arange(length, device=device)[None]
     mask = other <= position
     return mask if window is None else mask & (other > position - window)
