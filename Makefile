@@ -5,13 +5,14 @@ BIN := .venv/bin
 MODEL := LLM/HuggingFaceTB/SmolLM2-135M-Instruct/config.json
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve install test torture check format clean
+.PHONY: help serve install test torture bench check format clean
 
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
 	@echo "make install  make .venv with the wsserver command in it, and put the default model into LLM/"
 	@echo "make test     run all tests"
 	@echo "make torture  run the tests that take many minutes"
+	@echo "make bench    measure the server beside its peers; ARGS=--quick only tries"
 	@echo "make check    check format, style and types"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv and the default model"
@@ -26,6 +27,9 @@ test: .venv/installed-dev $(MODEL)
 
 torture: .venv/installed-dev $(MODEL)
 	$(BIN)/python -m pytest -m torture
+
+bench: .venv/installed-bench $(MODEL)
+	$(BIN)/python -m bench $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -49,6 +53,12 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+# llama.cpp is compiled for a quarter of an hour; where it cannot be, the table says so.
+.venv/installed-bench: .venv/installed-dev
+	$(PIP) --editable ".[dev,bench]"
+	-$(PIP) llama-cpp-python
 	touch $@
 
 $(MODEL): | .venv/installed

@@ -1,0 +1,115 @@
+"""Rows about our engine: sampling of every kind, long prompts beside streams, chats that grow."""
+
+import asyncio
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from bench import measure
+from bench.load import Request, prompts, requests
+from bench.measure import Trace
+from bench.runs import Measurement, Plan, Variant, alternate, closed
+from bench.sides import SIDES
+from bench.sides.side import Side
+from bench.sides.websocket import Client, WebSocketSide
+from bench.table import Row, compared
+
+CLIENTS = 16
+# Every parameter of protocol.md, in mixtures that differ from request to request.
+MIXTURES: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.8, "top_k": 40, "seed": 1, "stop": ["never said"], "logprobs": 3},
+    {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5, "min_tokens": 4, "stop_token_ids": [0]},
+    {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.1, "logit_bias": {"0": -100, "5": 1.5}},
+    {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "frequency_penalty": 0.7, "seed": 2, "logprobs": 0},
+)
+TURNS = 10
+QUESTIONS = ("What is a river?", "Tell me more.", "Why is that so?", "Give an example.", "And in winter?")
+
+
+async def mixed_sampling(plan: Plan) -> list[Row]:
+    """Measure 16 requests, each with another mixture of sampling parameters, against the same ones decoded greedily."""
+    greedy = requests(CLIENTS, [plan.pick(64, 16)])
+    # Token 0 ends an answer where stop_token_ids name it: a bias keeps it away, and all do equal work.
+    mixed = [Request(r.prompt, r.max_tokens, _mixture(i)) for i, r in enumerate(greedy)]
+    side = partial(SIDES["wsserver"], plan.setting(streams=CLIENTS))
+    variants = {
+        "mixed": Variant(side, closed(CLIENTS, mixed), CLIENTS),
+        "greedy": Variant(side, closed(CLIENTS, greedy), CLIENTS),
+    }
+    runs = await alternate(variants, plan.rounds)
+    ours, theirs = (runs.each(name, measure.tokens_per_second) for name in variants)
+    if not ours or not theirs:
+        return [Row("mixed_sampling", note=runs.why_not(*variants))]
+    return [compared("mixed_sampling", ours, theirs, note="logprobs of half the requests among them")]
+
+
+async def long_prompt(plan: Plan) -> list[Row]:
+    """Measure the worst gap of a running stream from a long prompt's arrival to its first token, over the median before."""
+    words = plan.pick(3980, 500)
+    side = partial(SIDES["wsserver"], plan.setting(streams=2))
+    runs = await alternate({"wsserver": Variant(side, partial(_beside_long_prompt, words))}, plan.rounds)
+    if not (found := runs.found.get("wsserver")):
+        return [Row("long_prompt", note=runs.why_not("wsserver"))]
+    worst, medians = [1000 * gap for gap, _, _ in found], [1000 * median for _, median, _ in found]
+    prompt = found[0][2]
+    note = f"a prompt of {prompt.prompt_tokens} tokens, its first one after {prompt.ttft:.1f} s"
+    return [compared("long_prompt", worst, medians, note=note)]
+
+
+async def chat(plan: Plan) -> list[Row]:
+    """Count the tokens that a conversation of ten turns prefills, over its length in the end."""
+    side = partial(SIDES["wsserver"], plan.setting())
+    runs = await alternate({"wsserver": Variant(side, partial(_converse, plan.pick(48, 12)))}, plan.rounds)
+    if not (found := runs.found.get("wsserver")):
+        return [Row("chat", note=runs.why_not("wsserver"))]
+    prefilled = [sum(t.prompt_tokens - t.cached_tokens for t in turns) for turns in found]
+    final = [turns[-1].prompt_tokens + turns[-1].completion_tokens for turns in found]
+    return [compared("chat", prefilled, final)]
+
+
+def _mixture(index: int) -> dict[str, Any]:
+    fields = dict(MIXTURES[index % len(MIXTURES)])
+    return fields | {"logit_bias": {"0": -100} | fields.get("logit_bias", {})}
+
+
+async def _beside_long_prompt(words: int, side: Side) -> tuple[float, float, Trace]:
+    """Give the stream's worst gap while the prompt is prefilled, its median gap before, and what the prompt's client saw."""
+    assert isinstance(side, WebSocketSide)
+    stream = await Client.connect(side.url)
+    await stream.generate(Request(prompts(1, lengths=(16,), seed=3)[0], 4000))
+    long = Request(prompts(1, lengths=(words,), seed=4)[0], 1)
+    arrivals: list[float] = []
+    prompt: asyncio.Task[Trace] | None = None
+    async for now, frame in stream.frames():
+        if frame["type"] != "token":
+            continue
+        arrivals.append(now)
+        if prompt is None and len(arrivals) == 32:
+            prompt = asyncio.create_task(side.stream(long))
+        if prompt and prompt.done() and arrivals[-2] > prompt.result().ended:
+            await stream.send(type="cancel", id="g")
+            break
+    assert prompt is not None
+    trace = await prompt
+    gaps = list(pairwise(arrivals))
+    before = [b - a for a, b in gaps if b <= trace.sent]
+    during = [b - a for a, b in gaps if b > trace.sent and a < trace.ended]
+    return max(during), measure.quantile(before, 0.5), trace
+
+
+async def _converse(max_tokens: int, side: Side) -> list[Trace]:
+    """Ask, and ask on with all that was said before; give every turn's trace."""
+    assert isinstance(side, WebSocketSide)
+    client = await Client.connect(side.url)
+    said: list[dict[str, str]] = []
+    turns = []
+    for turn in range(TURNS):
+        said.append({"role": "user", "content": QUESTIONS[turn % len(QUESTIONS)]})
+        fields = {"messages": said, "temperature": 0, "max_tokens": max_tokens, "stream": False}
+        trace, done = await client.answer(await client.send(type="generate", id="g", **fields))
+        said.append({"role": "assistant", "content": done["text"]})
+        turns.append(trace)
+    return turns
+
+
+ROWS: dict[str, Measurement] = {"mixed_sampling": mixed_sampling, "long_prompt": long_prompt, "chat": chat}
