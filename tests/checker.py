@@ -32,6 +32,7 @@ class Asked:
     last: str = "nothing"
     next_seq: int = 0
     text: str = ""
+    scored: list[dict[str, Any]] = field(default_factory=list)
     done: dict[str, Any] | None = None
     cancels_sent: list[int] = field(default_factory=list)
     cancel_was_read: bool = False
@@ -50,6 +51,7 @@ class Checker:
         self.unnamed: list[Asked] = []
         self._to_be_named: list[Asked] = []
         self.texts: dict[str, str] = {}
+        self.scored: dict[str, list[dict[str, Any]]] = {}
         self.dones: list[dict[str, Any]] = []
         self.ended: list[Asked] = []
         self._serials = itertools.count()
@@ -149,6 +151,13 @@ class Checker:
         assert frame["seq"] == asked.next_seq, f"a gap or a double: {frame}, expected seq {asked.next_seq}"
         assert frame["n"] >= 1, f"a token frame of nothing: {frame}"
         assert frame["text"], f"an empty token frame: {frame}"
+        wanted, entries = asked.message.get("logprobs"), frame.get("logprobs")
+        assert (entries is None) == (wanted is None), f"logprobs unasked for, or asked for in vain: {frame}"
+        if entries is not None:
+            assert len(entries) == frame["n"], f"not one logprob for each token: {frame}"
+            for entry in entries:
+                _scored(entry, wanted)
+            asked.scored += entries
         asked.next_seq += frame["n"]
         asked.text += frame["text"]
 
@@ -163,7 +172,7 @@ class Checker:
         assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"
         assert all(ms >= 0 for ms in frame["timings"].values()), f"time runs backwards: {frame}"
         asked.done = frame
-        self.texts[frame["id"]] = asked.text
+        self.texts[frame["id"]], self.scored[frame["id"]] = asked.text, asked.scored
         self.dones.append(frame)
         self._end(frame["id"], 0)
 
@@ -221,3 +230,24 @@ class Checker:
         named = {id for id, line in read.items() if line}
         assert named <= set(active), f"{named - set(active)} are open, but status does not say so: {frame}"
         assert len(active) == len(named) + len(unnamed), f"{sorted(named)} and {len(unnamed)} unnamed are open: {frame}"
+
+
+def _scored(entry: dict[str, Any], wanted: int) -> None:
+    """Object to a token whose log probability, or whose alternatives, cannot be."""
+    top = entry.get("top", [])
+    assert len(top) <= wanted, f"more alternatives than the {wanted} asked for: {entry}"
+    assert "top" not in entry or top, f"alternatives that are none: {entry}"
+    for token in (entry, *top):
+        fields = {"token_id", "text", "logprob", *(("top",) if token is entry else ())}
+        assert {"token_id", "logprob"} <= token.keys() <= fields, f"fields of no token: {entry}"
+        assert "\ufffd" not in token.get("text", ""), f"half a character: {entry}"
+        assert token["token_id"] >= 0, f"no token: {entry}"
+        assert -9999 <= token["logprob"] <= 0, f"no log probability: {entry}"
+    told = {token["token_id"]: token for token in top}
+    assert len(told) == len(top), f"an alternative twice: {entry}"
+    logprobs = [token["logprob"] for token in top]
+    assert logprobs == sorted(logprobs, reverse=True), f"not the likeliest first: {entry}"
+    own = {name: value for name, value in entry.items() if name != "top"}
+    if len(top) == wanted > 0:
+        assert own["token_id"] in told or own["logprob"] <= logprobs[-1], f"likelier than the likeliest: {entry}"
+    assert told.get(own["token_id"], own) == own, f"two opinions of one token: {entry}"

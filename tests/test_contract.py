@@ -174,8 +174,11 @@ ids = st.sampled_from(["a", "b", "c"])
 which = st.sampled_from([ECHO, OTHER])
 prompts = st.sampled_from(["", "x", "é😀漢", "hello world " * 3, "y" * 300, "z" * 1100, WIDE * 12])
 named = st.fixed_dictionaries({"prompt": prompts, "id": ids}, optional={"stream": st.booleans()})
-unnamed = st.fixed_dictionaries({"prompt": prompts})
-limited = st.fixed_dictionaries({"prompt": st.just("xyz" * 9), "id": ids, "max_tokens": st.integers(1, 40)})
+logprobs = st.integers(0, 20)
+unnamed = st.fixed_dictionaries({"prompt": prompts}, optional={"logprobs": logprobs})
+limited = st.fixed_dictionaries(
+    {"prompt": st.just("xyz" * 9), "id": ids, "max_tokens": st.integers(1, 40)}, optional={"logprobs": logprobs}
+)
 flood = st.just({"prompt": WIDE * 12, "id": "flood", "ignore_eos": True, "max_tokens": 400})
 moves = st.one_of(
     st.tuples(who, st.just("generate"), named),

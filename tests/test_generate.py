@@ -1,18 +1,28 @@
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from LLM._base_model_handler import LoadOptions
+from LLM.engine.pacing import FIRST_GUESS
+from LLM.engine.request import Alternative, Sampled
 from LLM.engine.sequence import Slice
+from LLM.model_srv_wsserver_echo import ModelHandler
 from tests.conftest import Client
-from tests.scripted import Gate, in_engine, scripted
+from tests.scripted import WIDE, Gate, in_engine, scripted, slow_client
 
 CONTEXT = 65536  # the echo model's
+TOKENIZER = ModelHandler().load(Path(), LoadOptions(), lambda stage, progress: None).tokenizer
 
 
 def ids_of(batch: list[Slice]) -> list[str]:
     return [part.sequence.request.key[1] for part in batch]
+
+
+def tokens_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text).ids
 
 
 async def test_a_prompt_is_answered_token_by_token_then_done(client: Client) -> None:
@@ -177,7 +187,7 @@ async def test_left_out_options_are_the_models_and_each_request_draws_its_own_se
         ({"prompt": "x", "max_tokens": 2**31 - 1}, "context_length_exceeded", "$.max_tokens"),
         ({"prompt": "x", "stop_token_ids": [257]}, "bad_message", "$.stop_token_ids"),
         ({"prompt": "x", "logit_bias": {"257": 1}}, "bad_message", "$.logit_bias"),
-        ({"prompt": "x", "logprobs": 0}, "unsupported", "$.logprobs"),
+        ({"prompt": "x", "logprobs": 0, "stream": False}, "bad_message", "logprobs"),
         ({"messages": [{"role": "user", "content": ""}]}, "bad_message", "no tokens"),
     ],
 )
@@ -224,8 +234,13 @@ async def test_a_long_prompt_does_not_hold_up_a_running_generation() -> None:
         await in_engine(server, 2)
         model.open()
         await client.until("done", id="long")
-        ids = [id for batch in model.steps for id in ids_of(batch)]
-        assert ids[:12] == ["short"] + ["short", "long"] * 5 + ["long"]
+        # Its second step is measured; from the third on both go forward in every step, until the short one's end.
+        steps = [ids_of(batch) for batch in model.steps]
+        assert steps[:7] == [["short"], ["short"], *[["short", "long"]] * 4, ["long"]]
+        chunks = model.steps_of("long")
+        assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks[:-1])]
+        assert chunks[0] == (0, FIRST_GUESS)
+        assert chunks[-1][1] == 5000
 
 
 async def test_who_waits_is_told_its_place_and_every_change_of_it() -> None:
@@ -345,19 +360,28 @@ async def test_an_engine_thread_that_dies_ends_every_stream_and_the_next_request
         assert [entry["state"] for entry in (await b.settle())["models"]] == ["ready"]
 
 
-async def test_one_requests_tokens_that_are_no_text_end_only_that_request(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("broken", "logged"),
+    [(Sampled(-1), "could not be made text"), (Sampled(None), "are no numbers")],
+    ids=["a token that is no text", "logits that are no numbers"],
+)
+async def test_what_cannot_be_said_ends_only_the_request_it_was_for(
+    caplog: pytest.LogCaptureFixture, broken: Sampled, logged: str
+) -> None:
     async with scripted() as (server, model), server.client() as client:
-        for number, id in enumerate(("healthy", "broken"), 1):
-            await client.send(type="generate", id=id, prompt="hello")
-            await in_engine(server, number)
-        model.step_gate.let(3)
-        await model.in_step(4)
-        assert ids_of(model.steps[3]) == ["healthy", "broken"]
-        model.step_results[4] = [72, -1]
+        await client.send(type="generate", id="healthy", prompt="hello")
+        await model.in_step(1)
+        await client.send(type="generate", id="broken", prompt="hello")
+        await in_engine(server, 2)
+        model.step_gate.let(4)
+        await model.in_step(5)
+        assert ids_of(model.steps[4]) == ["healthy", "broken"]
+        model.step_results[5] = [Sampled(*tokens_of("o")), broken]
         model.open()
         assert (await client.done("broken"))["error"]["code"] == "internal"
         assert (await client.done("healthy"))["finish_reason"] == "stop"
-        assert "could not be made text" in caplog.text
+        assert client.checker.texts["healthy"] == "hello"
+        assert logged in caplog.text
         assert not model.held()
 
 
@@ -370,3 +394,95 @@ async def test_a_queued_generation_is_not_mistaken_for_a_running_one() -> None:
         [entry] = (await client.settle())["models"]
         assert (entry["active"], entry["queued"], entry["capacity"]) == (1, 1, 1)
         model.open()
+
+
+# Log probabilities. That every frame has them for just its own tokens, the checker sees to.
+
+
+def told(client: Client, id: str) -> list[int]:
+    return [entry["token_id"] for entry in client.checker.scored[id]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+async def test_every_token_that_is_shown_has_its_log_probability(client: Client, count: int) -> None:
+    done = await client.generate(id="g", prompt="hé", logprobs=count)
+    assert done["joined"] == "hé"
+    h, *halves = tokens_of("hé")
+    sure: list[dict[str, Any]] = [{"token_id": h, "text": "h", "logprob": 0.0}]
+    sure += [{"token_id": half, "logprob": 0.0} for half in halves]
+    assert client.checker.scored["g"] == ([{**entry, "top": [entry]} for entry in sure] if count else sure)
+    # The end token has none: it shows nothing.
+    assert done["usage"]["completion_tokens"] == len(sure) + 1
+
+
+async def test_without_being_asked_for_there_are_no_log_probabilities(client: Client) -> None:
+    await client.generate(id="g", prompt="hello", logprobs=None)
+    assert not any("logprobs" in frame for frame in client.frames)
+
+
+async def test_log_probabilities_go_out_as_the_model_has_them() -> None:
+    async with scripted() as (server, model), server.client() as client:
+        drawn, best, half = tokens_of("he")[0], tokens_of("he")[1], tokens_of("é")[0]
+        alternatives = [(drawn, -0.75), (best, -0.5), (drawn, -0.75), (half, -9999.0)]
+        model.step_results[1] = [Sampled(drawn, tuple(Alternative(*pair) for pair in alternatives))]
+        model.open()
+        await client.generate(id="g", prompt="x", logprobs=3, max_tokens=1)
+        h, e = ({"token_id": id, "text": text, "logprob": p} for id, text, p in ((drawn, "h", -0.75), (best, "e", -0.5)))
+        assert client.checker.scored["g"] == [{**h, "top": [e, h, {"token_id": half, "logprob": -9999.0}]}]
+
+
+async def test_log_probabilities_wait_with_the_text_that_is_held_back() -> None:
+    prompt = "ab</s😀"
+    async with scripted() as (server, model), server.client() as client:
+        await client.send(type="generate", id="g", prompt=prompt, stop="</s>", logprobs=0)
+        for step in range(1, 11):
+            await model.in_step(step)
+            await client.settle()
+            model.step_gate.let()
+        await client.until("done")
+        assert [(frame["text"], frame["n"]) for frame in client.of("g", "token")] == [("a", 1), ("b", 1), ("</s😀", 7)]
+        assert told(client, "g") == tokens_of(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stop", "shown", "texts"),
+    [
+        ("ab</s>cd", "</s>", "ab", ["a", "b"]),
+        ("abc", "a", "", []),
+        (WIDE + "b", "wb", WIDE[1:], [WIDE]),  # a token that is shown in part is told whole
+    ],
+    ids=["several tokens", "at once", "within a token"],
+)
+async def test_the_tokens_of_a_stop_string_that_show_nothing_have_no_log_probabilities(
+    prompt: str, stop: str, shown: str, texts: list[str]
+) -> None:
+    async with scripted() as (server, model), server.client() as client:
+        model.open()
+        done = await client.generate(id="g", prompt=prompt, stop=stop, logprobs=1)
+        assert (done["joined"], done["finish_reason"]) == (shown, "stop")
+        assert [entry["text"] for entry in client.checker.scored["g"]] == texts
+
+
+async def test_a_slow_reader_gets_every_log_probability_in_fewer_frames() -> None:
+    async with scripted() as (server, model), slow_client(server) as client:
+        client.socket.transport.pause_reading()
+        await client.send(type="generate", id="g", prompt=WIDE * 10, logprobs=1, ignore_eos=True, max_tokens=65)
+        model.open()
+        await model.freed_of("g")
+        client.socket.transport.resume_reading()
+        await client.until("done")
+        frames = client.of("g", "token")
+        assert len(frames) < 60
+        assert client.checker.texts["g"] == WIDE * 60
+        # The end token, which is ignored here, shows nothing by itself: it comes with the next one.
+        assert [entry["text"] for entry in client.checker.scored["g"]] == ([WIDE] * 10 + ["<|end|>"]) * 5 + [WIDE] * 10
+
+
+async def test_log_probabilities_of_many_at_once_stay_with_their_own_request(client: Client) -> None:
+    prompts = {f"g{i}": f"{i} " + "abcdefghij"[i:] * (i + 1) for i in range(10)}
+    for i, (id, prompt) in enumerate(prompts.items()):
+        await client.send(type="generate", id=id, prompt=prompt, **({"logprobs": i} if i % 3 else {}))
+    for _ in prompts:
+        await client.until("done")
+    for i, (id, prompt) in enumerate(prompts.items()):
+        assert told(client, id) == (tokens_of(prompt) if i % 3 else [])

@@ -21,13 +21,16 @@ from wsserver.protocol import (
     Started,
     Timings,
     Token,
+    TokenLogprob,
     Usage,
     encode,
 )
 
 
-def token(id: str, seq: int, text: str = "x", n: int = 1) -> Token:
-    return Token(id=id, seq=seq, n=n, text=text)
+def token(id: str, seq: int, text: str = "x", n: int = 1, scored: Iterable[int] | None = None) -> Token:
+    """A token frame; `scored` are the tokens that its log probabilities are of, None for a request without."""
+    entries = None if scored is None else [TokenLogprob(token_id=i, text=text, logprob=-i / 7) for i in scored]
+    return Token(id=id, seq=seq, n=n, text=text, logprobs=entries)
 
 
 def done(id: str) -> Done:
@@ -114,10 +117,21 @@ def test_what_was_sent_is_not_merged_with() -> None:
     assert drained(outbox) == as_sent(token("a", 2, "xx", 2))
 
 
-def test_merging_leaves_the_frames_that_were_pushed_as_they_were() -> None:
-    first, second = token("a", 0), token("a", 1)
-    holding([first, second])
-    assert (first, second) == (token("a", 0), token("a", 1))
+def test_log_probabilities_merge_in_the_order_of_their_tokens() -> None:
+    outbox = Outbox()
+    for seq in range(0, 9, 3):
+        outbox.push(token("a", seq, n=3, scored=range(seq, seq + 3)))
+        outbox.push(token("b", seq, n=3))
+    [a, b] = drained(outbox)
+    assert [entry["token_id"] for entry in a["logprobs"]] == list(range(9))
+    assert "logprobs" not in b
+
+
+@pytest.mark.parametrize("scored", [None, [5]])
+def test_merging_leaves_the_frames_that_were_pushed_as_they_were(scored: list[int] | None) -> None:
+    pushed = [token("a", seq, scored=scored) for seq in range(3)]
+    holding(pushed)
+    assert pushed == [token("a", seq, scored=scored) for seq in range(3)]
 
 
 @pytest.mark.parametrize("between", [[], [started("a")], [queued("a"), started("a")]])
@@ -174,18 +188,29 @@ def test_a_new_generations_tokens_stay_in_reach_of_a_drop_when_the_old_ones_are_
 
 
 @pytest.mark.parametrize(
-    "last", [queued("c"), error(), token("c", 0, "y" * 200), token("b", 1, "y" * 200), loading("l", 0.123456789012345)]
+    "last",
+    [
+        queued("c"),
+        error(),
+        token("c", 0, "y" * 200),
+        token("b", 1, "y" * 200),
+        token("d", 1, "", scored=[1]),
+        loading("l", 0.123456789012345),
+    ],
 )
 def test_what_would_pass_the_bound_is_refused_and_leaves_everything_as_it_was(last: ServerMessage) -> None:
-    outbox = holding([loading("l", 0.5), token("b", 0), started("a")])
+    frames = [loading("l", 0.5), token("b", 0), started("a"), token("d", 0, scored=[0])]
+    outbox = holding(frames)
     outbox.max_bytes = size = outbox.size
     with pytest.raises(OutboxFull):
         outbox.push(last)
     assert outbox.size == size
+    assert drained(outbox) == as_sent(loading("l", 0.5), token("b", 0), started("a"), token("d", 0, scored=[0]))
+    outbox = holding(frames)
     outbox.drop_tokens("b")
     assert outbox.size < size
     outbox.push(token("b", 0))
-    assert drained(outbox) == as_sent(loading("l", 0.5), started("a"), token("b", 0))
+    assert drained(outbox) == as_sent(loading("l", 0.5), started("a"), token("d", 0, scored=[0]), token("b", 0))
 
 
 def test_one_done_may_pass_the_bound_and_no_second() -> None:
@@ -209,9 +234,10 @@ def test_room_comes_back_with_every_frame_sent() -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "é", "語", "😀", '"', "\n", "\x00"])
-def test_what_is_held_never_encodes_to_more_bytes_than_the_bound(text: str) -> None:
+@pytest.mark.parametrize("scored", [None, [3]])
+def test_what_is_held_never_encodes_to_more_bytes_than_the_bound(text: str, scored: list[int] | None) -> None:
     outbox, ids = Outbox(max_bytes=5000), itertools.cycle(["a", "😀" * 128])
-    filling = (outbox.push(token(next(ids), seq, text)) for seq in itertools.count())
+    filling = (outbox.push(token(next(ids), seq, text, scored=scored)) for seq in itertools.count())
     with pytest.raises(OutboxFull):
         deque(filling, maxlen=0)
     assert sum(len(data) for data in iter(outbox.pop, None)) <= 5000
@@ -279,8 +305,9 @@ class Traffic(RuleBasedStateMachine):
         generation = self._current(id)
         if generation.stage != "started" or generation.dropped:
             return
-        text = "".join(f"{generation.number}:{generation.pushed + i};" for i in range(n))
-        if self._push(token(id, generation.pushed, text, n)):
+        numbers = range(generation.pushed, generation.pushed + n)
+        text = "".join(f"{generation.number}:{i};" for i in numbers)
+        if self._push(token(id, generation.pushed, text, n, scored=numbers if id == "c" else None)):
             generation.pushed += n
 
     @rule(id=ids)
@@ -324,7 +351,10 @@ class Traffic(RuleBasedStateMachine):
         assert not generation.dropped
         assert frame["seq"] == generation.seen
         generation.seen += frame["n"]
-        assert frame["text"] == "".join(f"{generation.number}:{i};" for i in range(frame["seq"], generation.seen))
+        numbers = range(frame["seq"], generation.seen)
+        assert frame["text"] == "".join(f"{generation.number}:{i};" for i in numbers)
+        if frame["id"] == "c":
+            assert [entry["token_id"] for entry in frame["logprobs"]] == [*numbers]
 
     def _see_done(self, generation: Generation, frame: dict[str, Any]) -> None:
         assert generation.stage == "done"

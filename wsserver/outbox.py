@@ -92,10 +92,9 @@ class Outbox:
 def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
     """Make one frame of an id's newest unread one and the next; None if both have to be sent."""
     if isinstance(unread, Token) and isinstance(frame, Token):
-        # Both have log probabilities or neither. The unread frame is the outbox's own, so its list may grow in place.
-        logprobs = unread.logprobs
-        if logprobs is not None and frame.logprobs is not None:
-            logprobs.extend(frame.logprobs)
+        logprobs = None
+        if unread.logprobs is not None and frame.logprobs is not None:  # both were asked for them, or neither
+            logprobs = unread.logprobs + frame.logprobs  # a new list: the joined frame may yet be refused
         return Token(id=frame.id, seq=unread.seq, n=unread.n + frame.n, text=unread.text + frame.text, logprobs=logprobs)
     if isinstance(frame, _PROGRESS) and type(unread) is type(frame):
         return frame  # progress: only the newest counts

@@ -83,5 +83,6 @@ class Answer:
         return delta
 
     def _scored(self, token_id: int, logprob: float) -> Scored:
-        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return Scored(token_id, None if REPLACEMENT in text else text, logprob)
+        # As it reads behind another token, here itself: where a text begins, some decoders leave a leading space out.
+        alone, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return Scored(token_id, None if REPLACEMENT in twice else twice[len(alone) :], logprob)

@@ -14,19 +14,20 @@ from torch import Tensor
 from LLM.engine.request import Alternative, Sampled, Sampling
 from LLM.engine.sequence import Sequence
 
-# Sorting a whole vocabulary costs more than a small model's step, and what top_k, top_p and min_p leave is nearly always
-# among this many likeliest tokens. Where it is not, the row is sorted in full.
+# Sorting a whole vocabulary costs as much as a small model's step. What top_k, top_p and min_p leave is mostly among this
+# many likeliest tokens; where it is not, it is looked for among so many times more, and so on.
 CANDIDATES = 256
-SMALLEST_TEMPERATURE = 1e-6  # below this float32 has no other share than 0 and 1 for any logits
+MORE = 16
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be 0 to a division
 
 
 def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     """Draw the next token of each sequence from its row of `logits`, [rows, vocabulary] raw scores of any float type."""
     raw = logits.float()
-    # A row that holds a NaN, or nothing but minus infinity, has no finite sum; it fails alone.
-    usable = raw.logsumexp(-1).isfinite().tolist()
     scores = _edited(raw, sequences)
-    tokens = scores.argmax(-1)
+    best, tokens = scores.max(-1)
+    # A row that holds a NaN or plus infinity, or whose every token is ruled out, has no finite maximum; it fails alone.
+    usable = (raw.amax(-1).isfinite() & best.isfinite()).tolist()
     drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0 and usable[i]]
     if drawn:
         tokens[drawn] = _draw(scores[drawn], [sequences[i] for i in drawn])
@@ -56,19 +57,18 @@ def _draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     if plain:
         tokens[plain] = _pick(scores[plain].softmax(-1), u[plain])
     if cut := sorted(set(range(len(settings))).difference(plain)):
-        tokens[cut] = _draw_from_the_likeliest(scores[cut], [settings[i] for i in cut], u[cut])
+        tokens[cut] = _draw_from_the_likeliest(scores[cut], [settings[i] for i in cut], u[cut], CANDIDATES)
     return tokens
 
 
-def _draw_from_the_likeliest(scores: Tensor, settings: list[Sampling], u: Tensor) -> Tensor:
-    top, ids = scores.topk(min(CANDIDATES, scores.shape[-1]))
+def _draw_from_the_likeliest(scores: Tensor, settings: list[Sampling], u: Tensor, count: int) -> Tensor:
+    """Draw from each row's `count` likeliest tokens, or from more where those are not enough."""
+    top, ids = scores.topk(min(count, scores.shape[-1]))
     probabilities, enough = _kept(top, scores.logsumexp(-1, keepdim=True), settings)
     tokens = ids.gather(-1, _pick(probabilities, u)[:, None])[:, 0]
-    for i, is_enough in enumerate(enough.tolist()):
-        if not is_enough and top.shape[-1] < scores.shape[-1]:
-            row, order = scores[i : i + 1].sort(descending=True)
-            everything, _ = _kept(row, row.logsumexp(-1, keepdim=True), settings[i : i + 1])
-            tokens[i] = order[0, _pick(everything, u[i : i + 1])[0]]
+    short = [i for i, is_enough in enumerate(enough.tolist()) if not is_enough]
+    if short and count < scores.shape[-1]:
+        tokens[short] = _draw_from_the_likeliest(scores[short], [settings[i] for i in short], u[short], MORE * count)
     return tokens
 
 
@@ -162,7 +162,9 @@ def _logprobs(raw: Tensor, tokens: Tensor, wanted: list[int | None]) -> list[tup
     logprobs = raw[rows].log_softmax(-1).clamp(min=-9999.0)
     chosen = tokens[rows]
     own = logprobs.gather(-1, chosen[:, None])[:, 0]
-    top, ids = logprobs.topk(max(1, max(wanted[row] or 0 for row in rows)))
+    # Always looked for among as many: which of equally likely ones come first must not hang on how many a neighbour wants.
+    most = max(wanted[row] or 0 for row in rows)
+    top, ids = (best[:, :most] for best in logprobs.topk(min(CANDIDATES, logprobs.shape[-1])))
     for row, *first, likeliest, scores in zip(rows, chosen.tolist(), own.tolist(), ids.tolist(), top.tolist(), strict=True):
         alternatives = [Alternative(*pair) for pair in zip(likeliest, scores, strict=True)]
         told[row] = (Alternative(*first), *alternatives[: wanted[row]])
