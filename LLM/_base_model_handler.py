@@ -118,6 +118,9 @@ class BaseModelHandler:
         room = model.context_length - len(prompt_ids)
         if not prompt_ids:
             raise Refused("bad_message", "gives no tokens; send some text", "prompt")
+        if (largest := max(prompt_ids)) >= model.vocabulary_size:
+            # It would fail the step, and with it all that runs; on a GPU even the device.
+            raise Refused("bad_message", f"holds token {largest}, which the model itself does not know", "prompt")
         if room < (options.max_tokens or 1):
             raise Refused(
                 "context_length_exceeded",

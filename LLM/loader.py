@@ -17,9 +17,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 from transformers.utils import logging as transformers_logging
 
 from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
-from LLM.engine.attention import PagedCache
+from LLM.engine.attention import DoesNotFit, PagedCache
 from LLM.engine.plain_runner import PlainRunner
-from LLM.engine.runner import BLOCK_SIZE, DoesNotFit, PagedRunner, page
+from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.worker import Runner
 from LLM.errors import Refused
 
@@ -40,13 +40,18 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     device = _device(options.device)
     if device.type == "cpu":
         # One core stays free for the event loop: decoding on all of them makes every frame late.
-        torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 2) - 1))
+        torch.set_num_threads(options.threads or max(1, _cores() - 1))
     try:
         return _load(folder, options, device, progress)
     except (OSError, ValueError, KeyError, SafetensorError, torch.OutOfMemoryError) as error:
         reason = type(error).__name__
         message = f"the model's folder cannot be loaded ({reason}); its operator finds the details in the server's log"
         raise Refused("load_failed", message) from error
+
+
+def _cores() -> int:
+    # Those this process may use, where that is known: a container often has a few of many.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Progress) -> LoadedModel:
@@ -73,7 +78,7 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer.backend_tokenizer,
-        context_length=min(text_config.max_position_embeddings, runner.block_count * runner.block_size),
+        context_length=min(_positions(text_config), runner.block_count * runner.block_size),
         vocabulary_size=text_config.vocab_size,
         dtype=str(torch_dtype).removeprefix("torch."),
         device=str(device),
@@ -88,7 +93,7 @@ def _runner(model: Any, kv_memory: int | None) -> Runner:
         token_bytes = page(model)
     except DoesNotFit as misfit:
         log.warning("serving without a paged KV cache: %s", misfit, exc_info=misfit.__cause__)
-        return PlainRunner(model, f"runs one sequence after the other, without a paged KV cache: {misfit}")
+        return _plain(model, f"runs one sequence after the other, without a paged KV cache: {misfit}")
     if kv_memory is None:
         on_gpu = model.device.type == "cuda"
         kv_memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_KV_SHARE) if on_gpu else CPU_KV_MEMORY
@@ -100,6 +105,15 @@ def _runner(model: Any, kv_memory: int | None) -> Runner:
         )
     runner = PagedRunner(model, PagedCache(blocks, BLOCK_SIZE))
     runner.warm_up()
+    return runner
+
+
+def _plain(model: Any, note: str) -> Runner:
+    runner = PlainRunner(model, note)
+    try:
+        runner.check()
+    except DoesNotFit as misfit:
+        raise Refused("load_failed", f"models of this kind cannot be served: {misfit}") from misfit
     return runner
 
 
@@ -123,6 +137,19 @@ def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
         return own or torch.float32
     # Without instructions for 16-bit numbers float32 prefills 2.5 times faster than bfloat16, with them half as fast.
     return torch.bfloat16 if own == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _positions(config: Any) -> int:
+    """Give how many positions a model knows.
+
+    LongRoPE turns by other angles in every step whose longest sequence is longer than those it was first trained on: one
+    request would change what its neighbours say. It is served up to that length.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    each = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
+    original = [rope["original_max_position_embeddings"] for rope in each if rope.get("rope_type") == "longrope"]
+    positions: int = min([config.max_position_embeddings, *original])
+    return positions
 
 
 def _weights(folder: Path, dtype: torch.dtype, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:

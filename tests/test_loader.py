@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,25 +13,62 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
+from LLM import loader as loader_module
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions
+from LLM.engine.kv_cache import BlockPool
+from LLM.engine.pacing import Pacing
+from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.request import GenerationRequest, Sampling
+from LLM.engine.runner import PagedRunner
 from LLM.engine.scheduler import Scheduler
+from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.loader import load
 from LLM.model import Waiter
 from LLM.model_service import ModelService
 from LLM.model_srv_wsserver_echo import ModelHandler as Echo
+from tests.conftest import running
 
 SPECIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 CPU = LoadOptions(device="cpu")
 START, END = 258, 259  # after the echo model's 257
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "tie_word_embeddings": True,
+}
+TOKEN_BYTES = 2 * 2 * 8 * 4  # of the KV cache in float32: keys and values of 8 numbers in 2 layers
+BLOCK_BYTES = 16 * TOKEN_BYTES
 Break = Callable[[Path], object]
 
 
 def silent(stage: str, progress: float) -> None:
     """Nobody wants to know."""
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +78,15 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory, default_model_folder: 
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
     shutil.copy(default_model_folder / "chat_template.jinja", folder)
-    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
-    config = LlamaConfig(**sizes, bos_token_id=START, eos_token_id=END, tie_word_embeddings=True)
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    save_random_weights(folder, LlamaConfig(**SIZES))
     return folder
+
+
+def save_random_weights(folder: Path, config: PreTrainedConfig) -> None:
+    torch.manual_seed(1)
+    # Wider than usual, so that different contexts give clearly different logits.
+    config.initializer_range = 0.4
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
 @pytest.fixture
@@ -106,12 +147,27 @@ def test_a_loaded_model_tells_its_facts(folder: Path):
     assert model.runner.memory_bytes >= (folder / "model.safetensors").stat().st_size - 16384
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("asked", "given"), [("auto", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
-def test_the_dtype_is_the_one_asked_for_and_auto_is_float32_on_a_cpu(folder: Path, stored: str, asked: str, given: str):
+@pytest.mark.parametrize(
+    ("asked", "stored", "has_bfloat16", "given"),
+    [
+        ("auto", "float32", True, "float32"),
+        ("auto", "float16", True, "float32"),
+        ("auto", "bfloat16", True, "bfloat16"),
+        ("auto", "bfloat16", False, "float32"),
+        ("float32", "bfloat16", True, "float32"),
+        ("bfloat16", "float32", False, "bfloat16"),
+    ],
+)
+def test_the_dtype_is_the_one_asked_for_and_auto_the_one_that_is_fast_on_this_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str, stored: str, has_bfloat16: bool, given: str
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     AutoModelForCausalLM.from_pretrained(folder, dtype=stored).save_pretrained(folder)
     model = load(folder, replace(CPU, dtype=asked), silent)
     assert model.dtype == given
+    weights = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    held = model.runner.memory_bytes - model.runner.kv_bytes
+    assert held == pytest.approx(weights * getattr(torch, given).itemsize, rel=0.01)
     assert greedy(model) == stock_greedy(folder, given)
 
 
@@ -125,11 +181,16 @@ def test_the_weights_are_the_folders_in_one_file_or_in_many(folder: Path, shard_
 
 
 def greedy(model: LoadedModel) -> list[int]:
-    scheduler = Scheduler(1)
+    runner = model.runner
+    scheduler = Scheduler(1, BlockPool(runner.block_count, runner.block_size), Pacing(runner.max_prefill))
     sequence = scheduler.add(GenerationRequest("k", tuple(range(40, 60)), 10, Sampling(temperature=0)))
     assert sequence
     while sequence.completion_tokens < 10:
-        sequence.token_ids += [token_id for token_id in model.runner.step(scheduler.next_batch()) if token_id is not None]
+        batch = scheduler.next_batch()
+        sequence.token_ids += [
+            sampled.token_id for sampled in runner.step(batch) if sampled and sampled.token_id is not None
+        ]
+        scheduler.retire(batch)
     return sequence.completion_ids
 
 
@@ -161,6 +222,142 @@ def test_sampling_comes_from_generation_config_only_where_it_says_something(fold
     changed("generation_config.json", temperature=0.3, top_k=7, do_sample=True)(folder)
     told = load(folder, CPU, silent).generation_config
     assert {name: told[name] for name in names if told.get(name) is not None} == {"temperature": 0.3, "top_k": 7}
+
+
+# How much of the machine it gets.
+
+
+@pytest.mark.parametrize(
+    ("memory", "tokens", "context_length"),
+    [
+        (BLOCK_BYTES, 16, 16),
+        (5 * BLOCK_BYTES - 1, 64, 64),
+        (8 * BLOCK_BYTES, 128, 128),
+        (100 * BLOCK_BYTES, 1600, 128),
+    ],
+)
+def test_the_kv_cache_takes_the_memory_it_may_and_bounds_the_context(
+    folder: Path, memory: int, tokens: int, context_length: int
+):
+    model = load(folder, replace(CPU, kv_memory=memory), silent)
+    runner = model.runner
+    assert isinstance(runner, PagedRunner)
+    assert (runner.block_count * runner.block_size, model.context_length) == (tokens, context_length)
+    assert runner.kv_bytes == tokens * TOKEN_BYTES <= memory
+    weights = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    assert weights <= runner.memory_bytes - runner.kv_bytes <= weights + 1024, "and the rotary embedding's few numbers"
+    assert runner.notes == []
+
+
+def test_half_the_numbers_size_makes_twice_the_tokens(folder: Path):
+    model = load(folder, replace(CPU, kv_memory=4 * BLOCK_BYTES, dtype="bfloat16"), silent)
+    assert model.runner.block_count == 8
+
+
+def test_without_a_word_about_it_the_kv_cache_on_a_cpu_takes_its_default(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader_module, "CPU_KV_MEMORY", 3 * BLOCK_BYTES)
+    assert load(folder, CPU, silent).runner.block_count == 3
+
+
+@pytest.mark.parametrize("memory", [0, BLOCK_BYTES - 1])
+def test_too_little_memory_for_the_kv_cache_is_refused_by_name_with_what_it_takes(folder: Path, memory: int):
+    with pytest.raises(Refused, match=f"KV cache may have {memory} bytes, but {BLOCK_BYTES} hold 16 tokens") as refused:
+        load(folder, replace(CPU, kv_memory=memory), silent)
+    assert refused.value.reason == "load_failed"
+    assert_fit_for_any_client(refused.value, folder)
+
+
+@pytest.mark.parametrize(("asked", "cores", "given"), [(None, 4, 3), (None, 1, 1), (3, 2, 3)])
+@pytest.mark.parametrize("told_by", ["sched_getaffinity", "cpu_count"])
+def test_a_model_gets_the_threads_asked_for_or_all_cores_but_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, told_by: str, asked: int | None, cores: int, given: int
+):
+    if told_by == "sched_getaffinity":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(cores)))
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity")
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    load(folder, replace(CPU, threads=asked), silent)
+    assert torch.get_num_threads() == given
+
+
+async def test_a_prompt_with_a_token_that_only_the_tokenizer_knows_is_refused_and_harms_nobody(folder: Path):
+    without("model.safetensors", "generation_config.json")(folder)
+    save_random_weights(folder, LlamaConfig(**SIZES | {"vocab_size": END, "eos_token_id": START}))
+    async with running("acme/tiny", folder.parent.parent, device="cpu") as server, server.client() as client:
+        await client.send(type="generate", id="running", prompt="Why?", max_tokens=100, ignore_eos=True)
+        await client.until("started")
+        error = (await client.generate(id="g", prompt="<|im_end|>", max_tokens=5))["error"]
+        assert error["code"] == "bad_message"
+        assert str(END) in error["message"]
+        assert (await client.done("running"))["finish_reason"] == "length"
+
+
+# What cannot be paged.
+
+
+@pytest.fixture
+def misfit(folder: Path) -> Path:
+    """A model that attends to sinks too, which the paged attention does not know."""
+    without("model.safetensors", "generation_config.json")(folder)
+    save_random_weights(folder, GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=16))
+    return folder
+
+
+def test_a_model_that_cannot_be_paged_is_served_all_the_same_and_the_log_says_why(
+    misfit: Path, caplog: pytest.LogCaptureFixture
+):
+    model = load(misfit, CPU, silent)
+    assert isinstance(model.runner, PlainRunner)
+    assert (model.context_length, model.runner.kv_bytes) == (128, 0)
+    (note,) = model.runner.notes
+    assert "without a paged KV cache" in note
+    assert "without a paged KV cache" in caplog.text
+    assert greedy(model) == stock_greedy(misfit, "float32")
+
+
+def test_a_model_that_cannot_be_served_right_is_refused(folder: Path):
+    without("model.safetensors")(folder)
+    save_random_weights(folder, MambaConfig(**SIZES))
+    with pytest.raises(Refused, match="models of this kind cannot be served") as refused:
+        load(folder, CPU, silent)
+    assert refused.value.reason == "load_failed"
+    assert_fit_for_any_client(refused.value, folder)
+
+
+def test_positions_that_turn_with_the_longest_neighbour_are_served_up_to_where_they_begin_to(folder: Path):
+    without("model.safetensors")(folder)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    save_random_weights(
+        folder,
+        Phi3Config(**SIZES, pad_token_id=0, original_max_position_embeddings=48, rope_parameters=rope),
+    )
+    assert load(folder, CPU, silent).context_length == 48
+
+
+async def test_a_client_sees_in_the_status_how_a_model_is_served(misfit: Path):
+    async with running("acme/tiny", misfit.parent.parent, device="cpu") as server, server.client() as client:
+        done = await client.generate(id="g", prompt="Why?", max_tokens=5, temperature=0, ignore_eos=True)
+        assert done["usage"]["completion_tokens"] == 5
+        [entry] = (await client.settle())["models"]
+        assert ["without a paged KV cache" in note for note in entry["notes"]] == [True]
+        assert "kv_cache" not in entry
+        assert str(misfit) not in str(entry)
+
+
+async def test_a_client_sees_in_the_status_how_much_the_kv_cache_holds(folder: Path):
+    settings = {"device": "cpu", "kv_memory": 4 * BLOCK_BYTES}
+    async with running("acme/tiny", folder.parent.parent, "float32", **settings) as server, server.client() as client:
+        done = await client.generate(id="long", prompt="x" * 40, max_tokens=30)
+        assert done["error"]["code"] == "context_length_exceeded"
+        assert "64 tokens" in done["error"]["message"]
+        done = await client.generate(id="fits", prompt="x" * 40, max_tokens=24, ignore_eos=True)
+        assert done["usage"]["completion_tokens"] == 24
+        [entry] = (await client.settle())["models"]
+        assert entry["context_length"] == 64
+        assert entry["kv_cache"] == {"tokens": 64, "bytes": 4 * BLOCK_BYTES}
+        assert entry["memory_bytes"] > 4 * BLOCK_BYTES
+        assert "notes" not in entry
 
 
 # Progress.
@@ -249,7 +446,7 @@ TWISTED: dict[str, Break] = {
 @pytest.mark.parametrize("breaking", TWISTED.values(), ids=TWISTED)
 async def test_whatever_is_wrong_with_a_folder_a_client_is_told_that_the_load_failed(folder: Path, breaking: Break):
     breaking(folder)
-    models = ModelService("acme/tiny", CPU, 1, folder.parent.parent)
+    models = ModelService("acme/tiny", CPU, EngineSettings(1), folder.parent.parent)
     with pytest.raises(Refused) as refused:
         await models.get(models.resolve(), Waiter())
     assert refused.value.reason == "load_failed"

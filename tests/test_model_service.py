@@ -3,6 +3,7 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_listing_holds_folders_with_a_config_and_drop_ins_that_need_none(tmp_p
 @pytest.mark.parametrize("name", ["../../etc", "vendor", "vendor/unknown-model/", "", "VENDOR/UNKNOWN-MODEL", "vendor/*"])
 def test_a_name_is_only_ever_looked_up(tmp_path: Path, name: str) -> None:
     add_folder(tmp_path, "vendor/unknown-model")
-    service = ModelService(ECHO, LoadOptions(), 1, tmp_path)
+    service = ModelService(ECHO, LoadOptions(), EngineSettings(), tmp_path)
     with pytest.raises(Refused, match="it has: vendor/unknown-model, wsserver/echo") as refused:
         service.resolve(name)
     assert refused.value.reason == "model_not_found"
@@ -79,15 +80,22 @@ def test_a_name_is_only_ever_looked_up(tmp_path: Path, name: str) -> None:
 
 def test_a_default_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no such model"):
-        ModelService("vendor/model", LoadOptions(), 1, tmp_path)
+        ModelService("vendor/model", LoadOptions(), EngineSettings(), tmp_path)
 
 
 def test_what_a_client_leaves_out_is_the_servers_choice() -> None:
-    service = ModelService(ECHO, LoadOptions("bfloat16", "cuda:1", "int8"), 1)
+    options = LoadOptions("bfloat16", "cuda:1", "int8", kv_memory=1 << 20, threads=3)
+    service = ModelService(ECHO, options, EngineSettings())
     assert service.resolve().model == ECHO
-    assert service.resolve().options == LoadOptions("bfloat16", "cuda:1", "int8")
-    assert service.resolve(dtype="float32", device="cpu").options == LoadOptions("float32", "cpu", "int8")
-    assert service.resolve(quantization="none").options == LoadOptions("bfloat16", "cuda:1", "none")
+    assert service.resolve().options == options
+    assert service.resolve(dtype="float32", device="cpu").options == replace(options, dtype="float32", device="cpu")
+    assert service.resolve(quantization="none").options == replace(options, quantization="none")
+
+
+async def test_every_engine_runs_as_the_operator_set_it(model: ScriptedModel, service: ModelService) -> None:
+    models = [await service.get(service.resolve(dtype=dtype), Waiter()) for dtype in ("float32", "bfloat16")]
+    assert [loaded.engine.capacity for loaded in models] == [2, 2]
+    assert [entry["capacity"] for entry in service.status()] == [2, 2]
 
 
 async def test_all_who_ask_share_one_load(service: ModelService, model: ScriptedModel) -> None:

@@ -1,32 +1,49 @@
-"""The runner against the stock model: chunks, neighbours and freed sequences must not show in what a model says.
+"""The paged runner against the stock model: chunks, neighbours, reuse and preemption must not show in what a model says.
 
-The models are tiny and random, of architectures that keep their caches differently.
+The models are tiny and random, one of each family that attends in a way of its own. The real scheduler drives them.
 """
 
-import gc
-from collections.abc import Callable
-from functools import partial
+import functools
+from collections.abc import Callable, Hashable
+from types import MethodType
 from typing import Any
-from unittest.mock import Mock
-from weakref import WeakSet
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    DynamicCache,
+    Cohere2Config,
+    DeepseekV3Config,
+    DogeConfig,
+    FalconH1Config,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GptOssConfig,
+    JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3NextConfig,
+    StableLmConfig,
 )
 
 from LLM.engine import runner as runner_module
+from LLM.engine.attention import PagedCache
+from LLM.engine.kv_cache import BlockPool
+from LLM.engine.pacing import Pacing
 from LLM.engine.request import GenerationRequest, Sampling
-from LLM.engine.runner import TransformersRunner
+from LLM.engine.runner import BLOCK_SIZE, DoesNotFit, PagedRunner, page
 from LLM.engine.sampler import sample
-from LLM.engine.scheduler import Scheduler, Sequence, Slice
+from LLM.engine.scheduler import Scheduler
+from LLM.engine.sequence import Sequence, Slice
 
 SIZES = {
     "vocab_size": 96,
@@ -39,21 +56,37 @@ SIZES = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
-    "eos_token_id": 0,
+    "eos_token_id": None,  # the runner knows nothing of ends
     "pad_token_id": 0,
 }
-LAYERS = ["sliding_attention", "full_attention"]
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": partial(LlamaConfig, **SIZES),
-    "mistral-window-8": partial(MistralConfig, sliding_window=8, **SIZES),
-    "gemma3-window-8": partial(Gemma3TextConfig, sliding_window=8, layer_types=LAYERS, **SIZES),
-    "gpt2": partial(
-        GPT2Config, vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0
-    ),
+GPT_SIZES = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": None}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+EXPERTS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+Config = Callable[..., PreTrainedConfig]
+
+
+def config(kind: Config, sizes: dict[str, Any] = SIZES, **fields: Any) -> Callable[..., PreTrainedConfig]:
+    return functools.partial(kind, **{**sizes, **fields})
+
+
+FAMILIES: dict[str, Config] = {
+    "llama": config(LlamaConfig),
+    "mistral with a window": config(MistralConfig, sliding_window=8),
+    "qwen2 with a window in one layer": config(Qwen2Config, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": config(Qwen3Config),
+    "gemma2": config(Gemma2Config, **WINDOWS, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "gemma3": config(Gemma3TextConfig, **WINDOWS, query_pre_attn_scalar=16, final_logit_softcapping=3.0),
+    "olmo2": config(Olmo2Config),
+    "phi3": config(Phi3Config),
+    "cohere2": config(Cohere2Config, **WINDOWS),
+    "deepseek3": config(DeepseekV3Config, **LATENT, **EXPERTS, num_key_value_heads=4, moe_intermediate_size=16),
+    "gpt2": config(GPT2Config, GPT_SIZES, n_positions=512),
 }
-GREEDY = Sampling(temperature=0)
 NEW_TOKENS = 12
-PROMPTS = {"one": [5], "short": list(range(20, 27)), "long": [(7 * i * i + 3) % 96 for i in range(61)]}
+LONG = [(7 * i * i + 3) % 96 for i in range(61)]
+# Two that begin alike, for a prefix to be found; most are longer than the windows.
+PROMPTS = {"one": [5], "short": list(range(20, 27)), "long": LONG, "like long": [*LONG[:50], 1, 2, 3], "other": LONG[::-1]}
 
 
 @pytest.fixture(autouse=True)
@@ -65,172 +98,305 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def stock_model(name: str, **changes: Any) -> Any:
+def make(family: Config, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(3)
-    config = CONFIGS[name]()
-    config.update(changes)
+    config = family()
     # Wider than usual, so that different contexts give clearly different logits.
     config.initializer_range = 0.4
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> Any:
-    return stock_model(request.param)
+def paged(model: Any, blocks: int = 40) -> PagedRunner:
+    page(model)
+    return PagedRunner(model, PagedCache(blocks, BLOCK_SIZE))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Config:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def stock(family: Config) -> Any:
+    return make(family)
+
+
+class Sampled:
+    """Every row of logits that was sampled from, by request; what a test may do instead of sampling."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Hashable, list[torch.Tensor]] = {}
+        self.raises: list[Exception] = []
+
+    def __call__(self, logits: torch.Tensor, sequences: list[Sequence]) -> Any:
+        if self.raises:
+            raise self.raises.pop()
+        for row, sequence in zip(logits, sequences, strict=True):
+            self.rows.setdefault(sequence.request.key, []).append(row.clone())
+        return sample(logits, sequences)
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> dict[Any, list[torch.Tensor]]:
-    """Every row of logits that was sampled from, by request."""
-    seen: dict[Any, list[torch.Tensor]] = {}
-
-    def watched(logits: torch.Tensor, sequence: Sequence) -> int:
-        seen.setdefault(sequence.request.key, []).append(logits.clone())
-        return sample(logits, sequence)
-
-    monkeypatch.setattr(runner_module, "sample", watched)
+def sampled(monkeypatch: pytest.MonkeyPatch) -> Sampled:
+    seen = Sampled()
+    monkeypatch.setattr(runner_module, "sample", seen)
     return seen
 
 
-def request(key: str, sampling: Sampling = GREEDY, max_tokens: int = NEW_TOKENS) -> GenerationRequest:
-    return GenerationRequest(key, tuple(PROMPTS[key]), max_tokens, sampling)
+def request(key: str, sampling: Sampling | None = None) -> GenerationRequest:
+    return GenerationRequest(key, tuple(PROMPTS[key]), NEW_TOKENS, sampling or Sampling(temperature=0))
 
 
-def run(runner: TransformersRunner, requests: list[GenerationRequest], chunk: int = 256) -> dict[Any, list[int]]:
-    """Generate until every request has its tokens; give them."""
-    scheduler = Scheduler(len(requests), chunk)
-    sequences = {r.key: scheduler.add(r) for r in requests}
-    while batch := scheduler.next_batch():
-        for part, token_id in zip(batch, runner.step(batch), strict=True):
-            finish(runner, scheduler, part, token_id)
-    return {key: sequence.completion_ids for key, sequence in sequences.items() if sequence}
+class Run:
+    """Drives a runner as the engine does, until every request has its tokens; beside streams go `chunk` prompt tokens."""
+
+    def __init__(self, runner: PagedRunner, requests: list[GenerationRequest], capacity: int = 8, chunk: int = 9) -> None:
+        self.pool = BlockPool(runner.block_count, runner.block_size)
+        pacing = Pacing(largest=4 * chunk)
+        self.scheduler = Scheduler(capacity, self.pool, pacing)
+        self.runner = runner
+        self.sequences = {r.key: self.scheduler.add(r) for r in requests}
+        self.packed = self.chunked = self.preempted = self.retried = 0
+        while batch := self.scheduler.next_batch():
+            self.preempted += any(waiting.began for waiting in self.scheduler.waiting.values())
+            if self._step(batch):
+                decoding = sum(part.decodes for part in batch)
+                prefilled = sum(part.stop - part.start for part in batch) - decoding
+                pacing.measured(decoding, prefilled, 1 + 2 * prefilled / chunk)
+        self.texts = {key: sequence.completion_ids for key, sequence in self.sequences.items() if sequence}
+        assert self.pool.free == self.pool.count
+
+    def _step(self, batch: list[Slice]) -> bool:
+        try:
+            results = self.runner.step(batch)
+        except MemoryError:
+            self.retried += 1
+            return False
+        self.scheduler.retire(batch)
+        for part, result in zip(batch, results, strict=True):
+            assert (result is None) == (not part.samples)
+            if result is not None:
+                part.sequence.token_ids.append(result.token_id)
+            if part.sequence.completion_tokens == part.sequence.request.max_tokens:
+                self.scheduler.remove(part.sequence.request.key)
+        self.packed += len(batch) > 1
+        self.chunked += any(not part.samples for part in batch)
+        return True
 
 
-def finish(runner: TransformersRunner, scheduler: Scheduler, part: Slice, token_id: int | None) -> None:
-    sequence = part.sequence
-    assert (token_id is None) == (part.stop < len(sequence.request.prompt_ids))
-    if token_id is not None:
-        sequence.token_ids.append(token_id)
-    if sequence.completion_tokens == sequence.request.max_tokens:
-        scheduler.remove(sequence.request.key)
-        runner.free(sequence.request.key)
+def logits_of(stock: Any, ids: list[int], count: int) -> torch.Tensor:
+    """Give the stock model's logits for the last `count` tokens of a text, in one pass, from what stands before each."""
+    with torch.inference_mode():
+        return stock(torch.tensor([ids]), use_cache=False).logits[0, -count - 1 : -1]
 
 
-def reference(model: Any, prompt: list[int]) -> list[int]:
+def generate(stock: Any, prompt: list[int]) -> list[int]:
     tokens = torch.tensor([prompt])
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)[0, len(prompt) :].tolist()
+    return stock.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("key", PROMPTS)
-@pytest.mark.parametrize("chunk", [256, 31, 8, 7, 1])
-def test_a_prefill_in_any_chunks_gives_the_stock_models_continuation_and_logits(
-    model: Any, rows: dict[Any, list[torch.Tensor]], key: str, chunk: int
+def assert_stock(stock: Any, run: Run, sampled: Sampled) -> None:
+    """Every row of logits is the stock model's, and so is every text."""
+    for key, text in run.texts.items():
+        assert len(sampled.rows[key]) == NEW_TOKENS, "nothing is sampled twice"
+        whole = logits_of(stock, PROMPTS[str(key)] + text, NEW_TOKENS)
+        torch.testing.assert_close(torch.stack(sampled.rows[key]), whole, atol=1e-4, rtol=0)
+        assert text == generate(stock, PROMPTS[str(key)])
+
+
+# What fits.
+
+
+@pytest.mark.parametrize("chunk", [64, 31, 8, 7, 1])
+def test_a_prefill_in_any_chunks_gives_the_stock_logits_at_every_place(family: Config, stock: Any, chunk: int):
+    runner, sequence = paged(make(family)), Sequence(request("long"))
+    sequence.blocks = [7, 2, 30, 11]
+    rows = []
+    for start in range(0, len(LONG), chunk):
+        stop = min(start + chunk, len(LONG))
+        rows.append(runner.forward([Slice(sequence, start, stop)], list(range(stop - start))))
+    torch.testing.assert_close(torch.cat(rows), logits_of(stock, [*LONG, 0], len(LONG)), atol=1e-4, rtol=0)
+
+
+def test_packed_chunked_reused_and_preempted_sequences_say_what_the_stock_model_says(
+    family: Config, stock: Any, sampled: Sampled
 ):
-    generated = run(TransformersRunner(model), [request(key)], chunk)[key]
-    assert len(rows[key]) == NEW_TOKENS
-    with torch.inference_mode():
-        whole = model(torch.tensor([PROMPTS[key] + generated]), use_cache=False).logits[0, len(PROMPTS[key]) - 1 : -1]
-    torch.testing.assert_close(torch.stack(rows[key]), whole, atol=1e-4, rtol=0)
-    assert generated == whole.argmax(-1).tolist()
+    runner = paged(make(family), blocks=7)
+    run = Run(runner, [request(key) for key in PROMPTS], capacity=4)
+    assert run.packed > 5
+    assert run.chunked > 5
+    assert run.preempted
+    found = run.sequences["like long"]
+    assert found
+    assert found.cached_tokens >= 16
+    assert_stock(stock, run, sampled)
 
 
-@pytest.mark.parametrize("key", PROMPTS)
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_greedy_is_the_stock_models_own_generate(architecture: str, key: str):
-    model = stock_model(architecture, eos_token_id=None)  # the runner knows nothing of ends
-    assert run(TransformersRunner(model), [request(key)])[key] == reference(model, PROMPTS[key])
+def test_each_row_gets_its_own_token_wherever_it_stands_in_the_step(sampled: Sampled):
+    stock, runner = make(FAMILIES["llama"]), paged(make(FAMILIES["llama"]))
+    parts = []
+    for key, blocks, stop in (("long", [3, 0, 8, 1], 50), ("short", [5], 7), ("other", [2, 9, 4, 6], 20), ("one", [7], 1)):
+        sequence = Sequence(request(key))
+        sequence.blocks = blocks
+        parts.append(Slice(sequence, 0, stop))
+    results = runner.step(parts)
+    assert [result is None for result in results] == [True, False, True, False]
+    assert sampled.rows.keys() == {"short", "one"}
+    for key, result in (("short", results[1]), ("one", results[3])):
+        expected = logits_of(stock, [*PROMPTS[key], 0], 1)
+        torch.testing.assert_close(torch.stack(sampled.rows[key]), expected, atol=1e-4, rtol=0)
+        assert result
+        assert result.token_id == expected.argmax()
 
 
-@pytest.mark.parametrize("chunk", [256, 7])
-def test_interleaved_sequences_do_not_disturb_each_other(model: Any, chunk: int):
-    runner = TransformersRunner(model)
-    drawn = Sampling(temperature=1.5, seed=11)
-    requests = [request("long", drawn), request("one", max_tokens=30), request("short", drawn)]
-    alone = {r.key: run(runner, [r], chunk)[r.key] for r in requests}
-    assert run(runner, requests, chunk) == alone
-    assert run(TransformersRunner(model), requests[::-1], chunk) == alone
+def test_a_second_turn_computes_only_what_is_new(sampled: Sampled):
+    stock, runner = make(FAMILIES["llama"]), paged(make(FAMILIES["llama"]))
+    scheduler = Scheduler(1, BlockPool(runner.block_count, BLOCK_SIZE), Pacing(256))
+    ids: list[int] = []
+    for turn in range(3):
+        ids += [(turn + 2) * i % 96 for i in range(40)]
+        sequence = scheduler.add(GenerationRequest(turn, tuple(ids), NEW_TOKENS, Sampling(temperature=0)))
+        assert sequence
+        while sequence.completion_tokens < NEW_TOKENS:
+            batch = scheduler.next_batch()
+            (result,) = runner.step(batch)
+            scheduler.retire(batch)
+            sequence.token_ids.append(result.token_id)
+        scheduler.remove(turn)
+        # The last token sampled has no keys and values yet, and half a block is never found.
+        assert sequence.cached_tokens == (len(ids) - 40 - (turn > 0)) // BLOCK_SIZE * BLOCK_SIZE
+        ids = sequence.token_ids
+        whole = logits_of(stock, ids, NEW_TOKENS)
+        torch.testing.assert_close(torch.stack(sampled.rows[turn]), whole, atol=1e-4, rtol=0)
 
 
-@pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Counts the caches that somebody still holds."""
-    alive: WeakSet[DynamicCache] = WeakSet()
-
-    class Watched(DynamicCache):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            alive.add(self)
-
-    def count() -> int:
-        gc.collect()
-        return len(alive)
-
-    monkeypatch.setattr(runner_module, "DynamicCache", Watched)
-    return count
+@pytest.mark.parametrize("order", [1, -1])
+def test_drawn_tokens_are_the_same_beside_any_neighbours(order: int):
+    drawn = [request(key, Sampling(temperature=1.5, top_p=0.95, seed=11)) for key in PROMPTS]
+    runner = paged(make(FAMILIES["gemma3"]))
+    alone = {r.key: Run(runner, [r]).texts[r.key] for r in drawn}
+    assert Run(paged(make(FAMILIES["gemma3"]), blocks=7), drawn[::order]).texts == alone
 
 
-def test_free_drops_the_cache_of_that_sequence_alone(caches: Callable[[], int]):
-    runner = TransformersRunner(stock_model("llama"))
-    for key in ("long", "short"):
-        scheduler = Scheduler(1)
-        scheduler.add(request(key))
-        runner.step(scheduler.next_batch())
-    assert caches() == 2
-    runner.free("long")
-    runner.free("long")
-    runner.free("never seen")
-    assert caches() == 1
-    runner.free("short")
-    assert caches() == 0
-
-
-def test_a_key_that_was_freed_half_way_through_its_prefill_begins_afresh():
-    runner = TransformersRunner(stock_model("llama"))
-    whole = run(runner, [request("long")])
-    half = Scheduler(1, prefill_chunk=40)
-    half.add(request("long"))
-    assert runner.step(half.next_batch()) == [None]
-    runner.free("long")
-    assert run(runner, [request("long")]) == whole
-
-
-def test_a_sequence_of_a_step_that_raised_can_be_freed_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch):
-    runner = TransformersRunner(stock_model("llama"))
-    short = run(runner, [request("short")])
-    scheduler = Scheduler(1)
-    scheduler.add(request("long"))
-    with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "sample", Mock(side_effect=MemoryError))
-        with pytest.raises(MemoryError):
-            runner.step(scheduler.next_batch())
-    runner.free("long")
-    assert run(runner, [request("short")]) == short
-
-
-def test_memory_counts_tied_weights_once():
-    tied, untied = stock_model("llama"), stock_model("llama", tie_word_embeddings=False)
-    table = SIZES["vocab_size"] * SIZES["hidden_size"] * 4
-    assert TransformersRunner(untied).memory_bytes - TransformersRunner(tied).memory_bytes == table
-    unique = sum(p.numel() * p.element_size() for p in tied.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in tied.buffers())
-    assert TransformersRunner(tied).memory_bytes == unique + buffers
-
-
-def test_memory_counts_bytes_not_numbers():
-    model = stock_model("llama")
-    whole, half = TransformersRunner(model).memory_bytes, TransformersRunner(model.to(torch.bfloat16)).memory_bytes
-    assert half == pytest.approx(whole / 2, rel=0.01)
-
-
-def test_warming_up_leaves_nothing_behind(caches: Callable[[], int]):
-    runner = TransformersRunner(stock_model("llama"))
-    expected = run(runner, [request("short")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_per_token_and_memory_are_those_of_the_tensors(dtype: torch.dtype):
+    model = make(FAMILIES["llama"], dtype)
+    layers, keys_and_values, kv_heads, dim = 2, 2, 2, 8
+    token_bytes = page(model)
+    assert token_bytes == layers * keys_and_values * kv_heads * dim * dtype.itemsize
+    runner = PagedRunner(model, PagedCache(6, BLOCK_SIZE))
+    unique = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    assert (runner.kv_bytes, runner.memory_bytes) == (0, unique)
     runner.warm_up()
-    assert caches() == 0
-    assert run(runner, [request("short")]) == expected
+    assert runner.kv_bytes == 6 * BLOCK_SIZE * token_bytes
+    assert runner.memory_bytes == unique + runner.kv_bytes
 
 
-def test_a_step_keeps_no_gradients(rows: dict[Any, list[torch.Tensor]]):
-    run(TransformersRunner(stock_model("llama")), [request("short")])
-    assert all(row.is_inference() and not row.requires_grad for row in rows["short"])
+def test_weights_that_are_tied_count_once():
+    tied, untied = (make(config(LlamaConfig, tie_word_embeddings=tie)) for tie in (True, False))
+    table = SIZES["vocab_size"] * SIZES["hidden_size"] * 4
+    assert runner_module.weight_bytes(untied) - runner_module.weight_bytes(tied) == table
+
+
+def test_warming_up_changes_no_text():
+    fresh, warm = paged(make(FAMILIES["llama"])), paged(make(FAMILIES["llama"]))
+    expected = Run(fresh, [request("short")]).texts
+    warm.warm_up()
+    assert Run(warm, [request("short")]).texts == expected
+
+
+def test_a_step_that_ran_out_of_memory_can_be_asked_for_again(sampled: Sampled):
+    stock, runner = make(FAMILIES["mistral with a window"]), paged(make(FAMILIES["mistral with a window"]))
+    of_a_cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    sampled.raises = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(of_a_cpu), MemoryError()]
+    run = Run(runner, [request("long"), request("short")])
+    assert run.retried == 3
+    assert_stock(stock, run, sampled)
+
+
+def test_another_exception_of_a_step_is_not_taken_for_want_of_memory(sampled: Sampled):
+    sampled.raises = [RuntimeError("a kernel failed")]
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        Run(paged(make(FAMILIES["llama"])), [request("short")])
+
+
+def test_a_step_keeps_no_gradients(sampled: Sampled):
+    Run(paged(make(FAMILIES["llama"])), [request("short")])
+    assert all(row.is_inference() and not row.requires_grad for row in sampled.rows["short"])
+
+
+# What does not fit.
+
+
+def without_a_window(model: Any) -> None:
+    """A window larger than the probe, which one layer forgets to pass on."""
+    model.model.layers[1].self_attn.sliding_window = None
+
+
+def raising_in_attention(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+    own = type(attention).forward
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        if "step" in options:
+            raise ZeroDivisionError("not with me")
+        return own(self, *args, **options)
+
+    attention.forward = MethodType(forward, attention)
+
+
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1}
+STATE_SPACE = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4}
+CHUNKED = {"num_local_experts": 2, "intermediate_size_mlp": 64}
+FAR = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
+MISFITS: dict[str, tuple[Config, Callable[[Any], None] | None, str]] = {
+    "attention sinks": (
+        config(GptOssConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        None,
+        "takes more",
+    ),
+    "a mask of its own": (config(DogeConfig, keep_window_size=8), None, "takes more"),
+    "chunked attention": (config(Llama4TextConfig, **CHUNKED, attention_chunk_size=8), None, "differ"),
+    "chunks larger than the probe": (
+        config(Llama4TextConfig, **CHUNKED, attention_chunk_size=8192, no_rope_layers=[1, 1], attn_temperature_tuning=False),
+        None,
+        "layers of chunked_attention",
+    ),
+    "no attention at all": (config(MambaConfig), None, "differ"),
+    "state spaces between": (
+        config(JambaConfig, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4),
+        None,
+        "differ|layers of linear_attention",
+    ),
+    "state spaces beside": (config(FalconH1Config, **STATE_SPACE), None, "differ"),
+    "linear attention": (config(Qwen3NextConfig, **HYBRID), None, "differ|layers of linear_attention"),
+    "attention of its own": (config(GPTJConfig, GPT_SIZES, n_positions=512, rotary_dim=4), None, "differ"),
+    "a step that is not handed on": (config(StableLmConfig), None, "step"),
+    "a window that is not handed on": (config(Qwen2Config, **FAR), without_a_window, "tokens back"),
+    "an attention that raises": (config(LlamaConfig), raising_in_attention, "^it raises ZeroDivisionError$"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "spoil", "why"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_found_out_and_left_as_it_was(family: Config, spoil: Any, why: str, dtype: torch.dtype):
+    model, ids = make(family, dtype), torch.tensor([PROMPTS["long"]])
+    if spoil:
+        spoil(model)
+    own = model.config._attn_implementation
+    with torch.inference_mode():
+        before = model(ids, use_cache=False).logits
+        with pytest.raises(DoesNotFit, match=why):
+            page(model)
+        assert model.config._attn_implementation == own
+        assert torch.equal(model(ids, use_cache=False).logits, before)
+
+
+def test_a_window_larger_than_the_probe_is_kept():
+    stock, model = (make(config(Qwen2Config, **{**FAR, "sliding_window": 50})) for _ in range(2))
+    runner, sequence = paged(model), Sequence(request("long"))
+    sequence.blocks = [3, 1, 0, 2]
+    rows = runner.forward([Slice(sequence, 0, len(LONG))], list(range(len(LONG))))
+    torch.testing.assert_close(rows, logits_of(stock, [*LONG, 0], len(LONG)), atol=1e-4, rtol=0)

@@ -32,6 +32,24 @@ async def test_a_loaded_models_entry_has_every_field() -> None:
         }
 
 
+async def test_an_entry_tells_of_a_kv_cache_and_of_notes_where_there_are_any() -> None:
+    async with scripted() as (server, model), server.client() as client:
+        model.block_count, model.kv_bytes, model.notes = 10, 1 << 20, ["runs one sequence after the other"]
+        [entry] = (await client.settle())["models"]
+        assert entry["kv_cache"] == {"tokens": 160, "bytes": 1 << 20}
+        assert entry["notes"] == ["runs one sequence after the other"]
+
+
+async def test_status_tells_that_memory_ran_out_and_with_what_the_model_goes_on() -> None:
+    async with scripted(max_active=3) as (server, model), server.client() as client:
+        model.notes, model.step_errors = ["a note of the load"], {1: MemoryError(), 2: MemoryError()}
+        model.open()
+        assert (await client.generate(id="g", prompt="hello"))["joined"] == "hello"
+        [entry] = (await client.settle())["models"]
+        less = "ran out of memory: at most 64 prompt tokens and 3 sequences in a step"
+        assert (entry["state"], entry["notes"]) == ("ready", ["a note of the load", less])
+
+
 async def test_status_counts_what_runs_and_what_waits() -> None:
     async with scripted(max_active=2) as (server, model), server.client() as client:
         for number in range(1, 6):

@@ -6,14 +6,16 @@ import logging
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from LLM._base_model_handler import LoadedModel, LoadOptions
+from LLM.engine import answer as answer_module
 from LLM.engine import thread as thread_module
-from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued, Started, Timings
+from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued, Sampled, Started, Timings
 from LLM.engine.sequence import Slice
 from LLM.engine.stream import GenerationStream
 from LLM.engine.thread import GenerationEngine
@@ -23,6 +25,7 @@ from tests.conftest import eventually
 from tests.scripted import ScriptedModel
 
 Engine = GenerationEngine
+ORDER = [Queued, Started, Prefill, Delta, Finished]
 
 
 def load(model: ModelHandler) -> LoadedModel:
@@ -251,31 +254,35 @@ async def test_a_model_that_raises_ends_what_runs_and_nothing_else(caplog: pytes
 class Odd(ScriptedModel):
     """Does its tricks in the step of the request "odd"."""
 
-    def __init__(self, trick: Callable[[], list[int | None]]) -> None:
+    def __init__(self, trick: Callable[[], list[Sampled | None]]) -> None:
         super().__init__()
         self._trick = trick
 
-    def step(self, batch: list[Slice]) -> list[int | None]:
-        ids = super().step(batch)
+    def step(self, batch: list[Slice]) -> list[Sampled | None]:
+        results = super().step(batch)
         at = [part.sequence.request.key[1] for part in batch]
-        return ids[: at.index("odd")] + self._trick() + ids[at.index("odd") + 1 :] if "odd" in at else ids
+        return results[: at.index("odd")] + self._trick() + results[at.index("odd") + 1 :] if "odd" in at else results
 
 
-async def test_a_token_that_makes_no_text_ends_its_own_request_alone(caplog: pytest.LogCaptureFixture):
-    async with started(Odd(lambda: [-1])) as (engine, model):
+@pytest.mark.parametrize(("sampled", "logged"), [(Sampled(-1), "Traceback"), (Sampled(None), "no numbers")])
+async def test_a_token_that_is_none_or_makes_no_text_ends_its_own_request_alone(
+    caplog: pytest.LogCaptureFixture, sampled: Sampled, logged: str
+):
+    async with started(Odd(lambda: [sampled])) as (engine, model):
         tasks = await reading(engine, request("a"), request("odd"), request("b"))
         model.open()
         assert await ends_of(tasks) == [("stop", None), ("error", "internal"), ("stop", None)]
-        assert "Traceback" in caplog.text
+        assert [text(task.result()) for task in tasks] == ["hello", "", "hello"]
+        assert logged in caplog.text
 
 
-def die() -> list[int | None]:
+def die() -> list[Sampled | None]:
     raise SystemExit("out")
 
 
 @pytest.mark.parametrize("trick", [die, list], ids=["an exit", "a token too few"])
 async def test_a_thread_that_dies_ends_every_stream_once(
-    trick: Callable[[], list[int | None]], caplog: pytest.LogCaptureFixture
+    trick: Callable[[], list[Sampled | None]], caplog: pytest.LogCaptureFixture
 ):
     async with started(Odd(trick), capacity=1) as (engine, model):
         tasks = await reading(engine, *(request(id) for id in ("odd", "a", "b")))
@@ -334,7 +341,7 @@ async def test_a_closed_engine_leaves_no_thread():
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
 async def test_a_load_that_raises_raises_in_start_and_leaves_a_dead_engine(error: BaseException):
     before = set(threading.enumerate())
-    model, engine = ScriptedModel(), Engine(1)
+    model, engine = ScriptedModel(), Engine(EngineSettings(1))
     model.load_errors.append(error)
     with pytest.raises(type(error)):
         await engine.start(lambda: load(model))
@@ -344,7 +351,7 @@ async def test_a_load_that_raises_raises_in_start_and_leaves_a_dead_engine(error
 
 
 async def test_the_loop_goes_on_while_a_model_loads_and_a_close_meanwhile_counts():
-    model, engine = ScriptedModel(), Engine(1)
+    model, engine = ScriptedModel(), Engine(EngineSettings(1))
     model.load_gate.shut()
     starting = asyncio.create_task(engine.start(lambda: load(model)))
     await model.in_load_stage(1)
@@ -372,6 +379,65 @@ async def test_a_full_line_refuses_the_next_and_no_other():
         waiting += await reading(engine, request("now there is room"))
         model.open()
         assert await ends_of(running + waiting) == [("stop", None)] * 257
+
+
+@pytest.mark.parametrize("reuses_blocks", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+async def test_streams_that_the_cache_has_no_room_for_at_once_are_told_everything_once_and_in_order(
+    monkeypatch: pytest.MonkeyPatch, seed: int, reuses_blocks: bool
+):
+    monkeypatch.setattr(answer_module, "PREFILL_INTERVAL", 0)
+    draw, model = random.Random(seed), ScriptedModel()
+    model.block_count, model.max_prefill, model.reuses_blocks = 12, 24, reuses_blocks
+    asked = {str(i): "".join(draw.choices("abcd ", k=draw.randint(1, 90))) for i in range(20)}
+    async with started(model) as (engine, _):
+        tasks = await reading(engine, *(request(id, prompt, max_tokens=100) for id, prompt in asked.items()))
+        model.open()
+        assert await ends_of(tasks) == [("stop", None)] * len(asked)
+        for task, (id, prompt) in zip(tasks, asked.items(), strict=True):
+            parts = task.result()
+            order = [ORDER.index(type(part)) for part in parts]
+            assert (order, order.count(ORDER.index(Started))) == (sorted(order), 1)
+            prefilled = [part.done for part in parts if isinstance(part, Prefill)]
+            assert prefilled == sorted(set(prefilled))
+            assert (text(parts), end(parts).completion_tokens) == (prompt, len(prompt) + 1), id
+        again = [id for id in asked for (_, stop), (start, _) in pairwise(model.steps_of(id)) if start < stop]
+        assert again, "nobody was preempted"
+
+
+async def test_two_hundred_at_once_on_four_slots_can_all_be_cancelled_in_one_step():
+    async with started(capacity=4) as (engine, model):
+        tasks = await reading(engine, *(request(str(i), "x" * 30) for i in range(200)))
+        model.step_gate.let(40)
+        await model.in_step(41)
+        for i in range(200):
+            engine.cancel(("session", str(i)))
+        model.open()
+        ends = await ends_of(tasks)
+        assert len(model.steps) == 41
+        assert max(len(batch) for batch in model.steps) == 4
+        served = ends.count(("stop", None))
+        assert 0 < served < 8
+        assert ends == [("stop", None)] * served + [("cancelled", None)] * (200 - served)
+        assert model.held() == set()
+        assert await ends_of(await reading(engine, request("next"))) == [("stop", None)]
+
+
+@pytest.mark.parametrize("prompt", ["hello", "x" * 1000], ids=["in decode", "in prefill"])
+async def test_a_cancel_gives_its_slot_to_the_next_in_the_very_next_step(prompt: str):
+    async with started(capacity=1) as (engine, model):
+        tasks = await reading(engine, request("a", prompt), request("b"))
+        await model.in_step(1)
+        model.step_gate.let(1)
+        await model.in_step(2)
+        engine.cancel(("session", "a"))
+        model.step_gate.let(1)
+        await model.in_step(3)
+        assert [[part.sequence.request.key[1] for part in batch] for batch in model.steps] == [["a"], ["a"], ["b"]]
+        assert model.frees("a") == 1
+        assert await ends_of(tasks[:1]) == [("cancelled", None)], "told before the next step has ended"
+        model.open()
+        assert await ends_of(tasks[1:]) == [("stop", None)]
 
 
 # From the thread to the loop.
@@ -419,7 +485,7 @@ async def test_a_mailbox_loses_nothing_reorders_nothing_and_stays_small(seed: in
     read += rest
     assert len(rest) <= 5
     assert [kind for kind, last in zip(map(type, read), [None, *map(type, read)], strict=False) if kind is not last] == (
-        [Queued, Started, Prefill, Delta, Finished]
+        ORDER
     )
     assert text(read) == text(sent)
     assert sum(p.n for p in read if isinstance(p, Delta)) == sum(p.n for p in sent if isinstance(p, Delta))
@@ -442,23 +508,26 @@ async def test_tokens_per_second_are_counted_over_the_last_five_seconds(monkeypa
         assert engine.tokens_per_s == 0
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(20))
 async def test_every_stream_ends_once_whatever_happens_in_whatever_order(seed: int):
-    draw = random.Random(seed)
-    async with started(capacity=draw.randint(1, 3)) as (engine, model):
+    draw, model = random.Random(seed), ScriptedModel()
+    model.block_count, model.reuses_blocks = draw.choice([80, 100, 1 << 16]), draw.random() < 0.5
+    async with started(model, capacity=draw.randint(1, 3)) as (engine, _):
         tasks: dict[str, asyncio.Task[list[Part]]] = {}
+        prompts: dict[str, str] = {}
         for i in range(60):
             match draw.choice(["open", "open", "cancel", "abandon", "step", "step", "raise"]):
                 case "open":
-                    tasks[str(i)] = (await reading(engine, request(str(i), "x" * draw.choice([1, 20, 600]))))[0]
+                    prompts[str(i)] = "x" * draw.choice([1, 20, 600])
+                    tasks[str(i)] = (await reading(engine, request(str(i), prompts[str(i)], max_tokens=640)))[0]
                 case "cancel" if tasks:
                     engine.cancel(("session", draw.choice(list(tasks))))
                 case "abandon" if tasks:
                     tasks[draw.choice(list(tasks))].cancel()
                 case "step":
                     model.step_gate.let(draw.randint(1, 9))
-                case "raise" if draw.random() < 0.3:
-                    model.step_errors[len(model.steps) + 2] = RuntimeError("seldom")
+                case "raise" if draw.random() < 0.5:
+                    model.step_errors[len(model.steps) + 2] = draw.choice([RuntimeError, MemoryError])("seldom")
             await asyncio.sleep(0)
         if draw.random() < 0.5:
             model.open()
@@ -466,8 +535,11 @@ async def test_every_stream_ends_once_whatever_happens_in_whatever_order(seed: i
             model.step_gate.let(2)
             asyncio.get_running_loop().call_later(0, model.open)
             await engine.close()
-        answers = await asyncio.gather(*tasks.values(), return_exceptions=True)
-        assert {type(a) for a in answers} <= {list, asyncio.CancelledError}
-        assert all(end(parts) for parts in answers if isinstance(parts, list))
+        answers = dict(zip(tasks, await asyncio.gather(*tasks.values(), return_exceptions=True), strict=True))
+        assert {type(parts) for parts in answers.values()} <= {list, asyncio.CancelledError}
+        for id, parts in answers.items():
+            if isinstance(parts, list):
+                whole = end(parts).reason == "stop"
+                assert text(parts) == prompts[id] if whole else prompts[id].startswith(text(parts))
         assert (engine.active, engine.queued) == (0, 0)
         await eventually(lambda: model.held() == set())

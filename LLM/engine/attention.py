@@ -1,12 +1,11 @@
 """Attention over the paged KV cache, called by transformers' own models through its `AttentionInterface`.
 
 One forward pass carries many sequences packed in one row, without padding: a `Step` says which tokens belong together and
-where their keys and values lie. The step travels through the model as a keyword argument of that name. The seam is documented
-at https://huggingface.co/docs/transformers/attention_interface.
+where their keys and values lie. The step travels through the model as a keyword argument of that name. The seam:
+https://huggingface.co/docs/transformers/attention_interface.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +14,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "wsserver_paged"
+# Tensors that models hand to every attention function and that say nothing new to this one.
+KNOWN = {"position_ids", "cache_position"}
+
+
+class DoesNotFit(Exception):
+    """The model's attention cannot be paged; the message says why, in words fit for any client."""
 
 
 class PagedCache:
-    """The keys and values of `blocks` blocks of `block_size` tokens, per layer; a layer's tensors are made when it first writes.
+    """The keys and values of `blocks` blocks of `block_size` tokens, per layer; tensors are made when a layer first writes.
 
     Shapes: keys and values [blocks, block_size, kv heads, head dimension]. What was never written is never read.
     """
@@ -63,6 +68,18 @@ class Step:
     cache: PagedCache
     slots: Tensor
     rows: tuple[Row, ...]
+    # Every layer asks for the same ones; they grow with the length, so none outlives the step.
+    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def causal_mask(self, n: int, copies: int, length: int, window: int | None) -> Tensor:
+        """Give [copies * n, length], true where a query may look; the queries are the newest n tokens, several times."""
+        known = (n, copies, length, window)
+        if known not in self.masks:
+            position = torch.arange(length - n, length, device=self.slots.device).repeat(copies)[:, None]
+            other = torch.arange(length, device=self.slots.device)[None]
+            mask = other <= position
+            self.masks[known] = mask if window is None else mask & (other > position - window)
+        return self.masks[known]
 
 
 def paged_attention(
@@ -75,14 +92,20 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     step: Step | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend, for one layer, every row of the step to its own sequence.
 
     Takes query [1, heads, tokens, dimension], key and value [1, kv heads, tokens, dimension]; gives [1, tokens, heads,
     dimension] and no attention weights. Sequences are causal, and see at most `sliding_window` tokens back.
+
+    Raises:
+        DoesNotFit: the model's attention is another function than this one, however near its results may be.
     """
-    assert step is not None, "the paged attention is only called with a step"
+    if step is None:
+        raise DoesNotFit("it does not hand a step on to its attention")
+    if attention_mask is not None or any(isinstance(o, Tensor) for name, o in others.items() if name not in KNOWN):
+        raise DoesNotFit("its attention takes more than queries, keys and values")
     key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     keys, values = step.cache.layer(int(module.layer_idx), key, value, sliding_window)  # type: ignore[arg-type]
     keys.flatten(0, 1).index_copy_(0, step.slots, key)
@@ -92,19 +115,19 @@ def paged_attention(
         k = keys.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
         v = values.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
         q = query[0, :, row.first : row.last]
-        output[row.first : row.last] = _attend(q, k, v, scaling, sliding_window, softcap)
+        output[row.first : row.last] = _attend(step, q, k, v, scaling, sliding_window, softcap)
     return output[None], None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    step: Step, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attend queries [heads, n, d] to keys and values [kv heads, length, d], the last n of which are the queries' own."""
     heads, n, width = query.shape
     groups, length = key.shape[0], key.shape[1]
     mask = None
     if n > 1:
-        mask = _causal_mask(n, heads // groups, length, window, query.device)
+        mask = step.causal_mask(n, heads // groups, length, window)
     elif window is not None:
         key, value = key[:, -window:], value[:, -window:]
     # The heads that share a key become rows of one product: no key is copied, and none is read twice.
@@ -122,15 +145,6 @@ def _softmax(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-
-
-@lru_cache(maxsize=8)  # every layer of a step asks for the same
-def _causal_mask(n: int, copies: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Give [copies * n, length], true where a query may look; the queries are the newest n tokens, several times over."""
-    position = torch.arange(length - n, length, device=device).repeat(copies)[:, None]
-    other = torch.arange(length, device=device)[None]
-    mask = other <= position
-    return mask if window is None else mask & (other > position - window)
 
 
 AttentionInterface.register(NAME, paged_attention)

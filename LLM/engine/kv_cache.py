@@ -8,7 +8,7 @@ else, the least recently used first. A pool belongs to one loaded model, so no b
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 Hash = bytes
@@ -44,8 +44,11 @@ class BlockPool:
         """How many blocks hold that many tokens."""
         return -(-tokens // self.block_size)
 
-    def find(self, hashes: Sequence[Hash]) -> list[int]:
-        """Give the blocks that hold a sequence's beginning, as far as they are known; they are not taken yet."""
+    def find(self, hashes: Iterable[Hash]) -> list[int]:
+        """Give the blocks that hold a sequence's beginning, as far as they are known; they are not taken yet.
+
+        No hash is asked for after the first that is not known.
+        """
         found = []
         for block_hash in hashes:
             block = self._by_hash.get(block_hash)
@@ -67,8 +70,7 @@ class BlockPool:
         taken = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)
-            if (known := self._hash_of.pop(block, None)) is not None:
-                del self._by_hash[known]
+            self.forget((block,))
             self._users[block] = 1
             taken.append(block)
         return taken
@@ -91,7 +93,8 @@ class BlockPool:
             if block not in self._hash_of:
                 self._free.move_to_end(block, last=False)
 
-    def forget(self) -> None:
-        """Make nothing findable any more: what the cache holds can no longer be trusted."""
-        self._by_hash.clear()
-        self._hash_of.clear()
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Make blocks findable no more: what they hold is gone, or can no longer be trusted."""
+        for block in blocks:
+            if (known := self._hash_of.pop(block, None)) is not None:
+                del self._by_hash[known]

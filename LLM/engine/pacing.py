@@ -30,7 +30,9 @@ class Pacing:
         if self._prompt_token.value is None:
             return min(FIRST_GUESS, self.largest)
         spare = (self.stretch - 1) * self._decode_step.value
-        return min(self.largest, max(SMALLEST, int(spare / max(self._prompt_token.value, 1e-9))))
+        fits = spare / max(self._prompt_token.value, 1e-9)
+        # Up to some size a chunk may cost next to nothing, and beyond it much: no more than what was measured lately.
+        return min(self.largest, max(SMALLEST, int(min(fits, self._prompt_token.units))))
 
     def measured(self, decoding: int, prefilled: int, seconds: float) -> None:
         """Learn from a step that took `seconds` for `decoding` streams and `prefilled` prompt tokens."""
@@ -54,13 +56,13 @@ class _FadingMean:
     """Cost per unit, the newest measurements counting most; None before the first."""
 
     def __init__(self) -> None:
+        self.units = 0.0
         self._cost = 0.0
-        self._units = 0.0
 
     @property
     def value(self) -> float | None:
-        return self._cost / self._units if self._units else None
+        return self._cost / self.units if self.units else None
 
     def add(self, cost: float, units: int) -> None:
         self._cost = self._cost * FADING + cost
-        self._units = self._units * FADING + units
+        self.units = self.units * FADING + units

@@ -3,16 +3,21 @@
 Slower, without reuse between requests, and without a bound on the caches' memory; for what `runner.py` cannot serve.
 """
 
+import logging
 from collections.abc import Hashable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
+from LLM.engine.attention import DoesNotFit
 from LLM.engine.request import Sampled
-from LLM.engine.runner import MAX_PREFILL, weight_bytes
+from LLM.engine.runner import MAX_PREFILL, Probe, in_words, ran_out_of_memory, weight_bytes
 from LLM.engine.sampler import sample
 from LLM.engine.sequence import Slice
+
+log = logging.getLogger(__name__)
 
 
 class PlainRunner:
@@ -44,11 +49,36 @@ class PlainRunner:
         """Drop a sequence's KV cache; unknown keys are those whose prefill never began."""
         self._caches.pop(key, None)
 
+    def check(self) -> None:
+        """See whether a text in parts is to the model what the whole is.
+
+        Raises:
+            DoesNotFit: it needs something of earlier parts that its cache does not keep.
+        """
+        try:
+            Probe(self._model).compare(self._forward, blocks=[])
+        except Exception as error:
+            raise DoesNotFit(in_words(error)) from error
+        finally:
+            self.free("probe")
+
     def _advance(self, part: Slice) -> Sampled | None:
+        try:
+            logits = self._forward(part)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            # What its cache holds now nobody knows, and the others' caches hold this step already: it ends, they go on.
+            log.exception("not enough memory for one of the caches; ending that request")
+            return Sampled(None)
+        return sample(logits[None], [part.sequence])[0] if part.samples else None
+
+    def _forward(self, part: Slice) -> Tensor:
+        """Give the logits [vocabulary] after a slice."""
         sequence = part.sequence
         if part.start == 0:
             self._caches[sequence.request.key] = DynamicCache(config=self._model.config)
         cache = self._caches[sequence.request.key]
         ids = torch.tensor([sequence.token_ids[part.start : part.stop]], device=self._model.device)
-        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return sample(output.logits[0], [sequence])[0] if part.samples else None
+        logits: Tensor = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[0, -1]

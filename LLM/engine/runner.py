@@ -1,16 +1,16 @@
-"""The forward pass of a step: all its slices packed in one row, over a paged KV cache. Knows slices and tensors, no scheduling.
+"""The forward pass of a step: all its slices packed in one row, over a paged KV cache. Knows no scheduling.
 
 A runner is what the engine thread calls. This one serves every model whose attention goes through transformers' attention
 interface; `plain_runner.py` has the one for the others, and the echo model one of its own, without tensors.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from LLM.engine.attention import NAME, PagedCache, Row, Step
+from LLM.engine.attention import NAME, DoesNotFit, PagedCache, Row, Step
 from LLM.engine.request import GenerationRequest, Sampled
 from LLM.engine.sampler import sample
 from LLM.engine.sequence import Sequence, Slice
@@ -19,11 +19,8 @@ BLOCK_SIZE = 16
 # What a chunk of prompt may hold: on a CPU a step of this many is what a cancel may have to wait for, on a GPU the first
 # size at which the weights' way through memory no longer counts.
 MAX_PREFILL = {"cpu": 256, "cuda": 2048}
-PROBE = 40  # tokens of the forward pass that says whether a model can be paged
-
-
-class DoesNotFit(Exception):
-    """The model's attention cannot be paged; the message says why."""
+# Where the parts of a text end by which a model is probed: two chunks of prompt, and a token alone as in decoding.
+PROBE = (23, 39, 40)
 
 
 class PagedRunner:
@@ -61,7 +58,9 @@ class PagedRunner:
         try:
             logits = self.forward(batch, ends)
             tokens = iter(sample(logits, [part.sequence for part in sampled]) if sampled else ())
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             raise MemoryError(str(error)) from error
         return [next(tokens) if part.samples else None for part in batch]
 
@@ -112,53 +111,77 @@ def _ends(batch: list[Slice]) -> list[int]:
     return ends
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Say whether that is what an exception of torch's means; the allocator of a CPU has no type of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def weight_bytes(model: Any) -> int:
     """Give the memory of a model's weights; tied ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Probe:
+    """A short text by which a model is compared with itself: whole, by the model's own means, and in parts."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Any) -> None:
+        vocabulary = model.config.get_text_config().vocab_size
+        self._ids = tuple((7919 * i + 11) % vocabulary for i in range(PROBE[-1]))
+        ids = torch.tensor([self._ids], device=model.device)
+        self._expected = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        self._tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+
+    @torch.inference_mode()
+    def compare(self, forward: Callable[[Slice], Tensor], blocks: list[int]) -> None:
+        """Let the parts go forward, in these blocks; `forward` gives the logits [vocabulary] after a slice.
+
+        Raises:
+            DoesNotFit: the logits in the end differ by more than rounding.
+        """
+        sequence = Sequence(GenerationRequest("probe", self._ids, 1), blocks=blocks)
+        for start, stop in zip((0, *PROBE), PROBE, strict=False):
+            found = forward(Slice(sequence, start, stop)).float()
+        error = float((found - self._expected).norm() / self._expected.norm())
+        if not error < self._tolerance:
+            raise DoesNotFit(f"a text in parts gives logits that differ from those of the whole by {error:.1e}")
 
 
 def page(model: Any) -> int:
     """Make a model attend over a paged cache, and give the bytes that one of its tokens takes there.
 
-    One forward pass, in two chunks over scattered blocks, is compared with the model's own attention.
-
     Raises:
         DoesNotFit: the model does not do there what it does with its own attention, which it has again.
     """
     own = model.config._attn_implementation
+    cache = PagedCache(10, BLOCK_SIZE)
     try:
-        return _try_paged(model)
+        probe = Probe(model)
+        model.set_attn_implementation(NAME)
+        runner = PagedRunner(model, cache)
+        probe.compare(lambda part: runner.forward([part], [part.stop - part.start - 1])[0], blocks=[5, 3, 9])
+        _check_windows(model.config.get_text_config(), cache)
     except Exception as error:
         # Whatever went wrong in another's code, the model's own way is still there.
         model.set_attn_implementation(own)
-        raise DoesNotFit(str(error) or type(error).__name__) from error
-
-
-@torch.inference_mode()
-def _try_paged(model: Any) -> int:
-    config = model.config.get_text_config()
-    ids = [(7919 * i + 11) % config.vocab_size for i in range(PROBE)]
-    expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
-    model.set_attn_implementation(NAME)
-    cache = PagedCache(10, BLOCK_SIZE)
-    sequence = Sequence(GenerationRequest("probe", tuple(ids), 1))
-    sequence.blocks = [5, 3, 9]
-    runner = PagedRunner(model, cache)
-    runner.forward([Slice(sequence, 0, 23)], [])
-    found = runner.forward([Slice(sequence, 23, PROBE)], [PROBE - 24])[0].float()
-    error = float((found - expected).norm() / expected.norm())
-    if not error < (1e-4 if model.dtype == torch.float32 else 5e-2):
-        raise DoesNotFit(f"its logits differ from those of its own attention by {error:.1e}")
-    if cache.windows != (windows := _windows(config)):
-        raise DoesNotFit(f"its layers see {cache.windows} tokens back, where its configuration says {windows}")
+        if ran_out_of_memory(error):
+            raise
+        raise DoesNotFit(in_words(error)) from error
     return cache.nbytes // (cache.blocks * cache.block_size)
 
 
-def _windows(config: Any) -> dict[int, int | None]:
-    """Give how far back each layer sees by the model's configuration; the probe is too short to show it."""
+def in_words(error: Exception) -> str:
+    """Say why a model does not fit; what another's exception says is for the log, not for clients."""
+    return str(error) if isinstance(error, DoesNotFit) else f"it raises {type(error).__name__}"
+
+
+def _check_windows(config: Any, cache: PagedCache) -> None:
+    # The probe is too short to show how far back a layer sees.
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     if strange := set(kinds) - {"sliding_attention", "full_attention"}:
         raise DoesNotFit(f"it has layers of {', '.join(sorted(strange))}")
-    return {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds)}
+    windows = {layer: window if kind == "sliding_attention" else None for layer, kind in enumerate(kinds)}
+    if cache.windows != windows:
+        raise DoesNotFit(f"its layers see {cache.windows} tokens back, where its configuration says {windows}")

@@ -57,10 +57,11 @@ class Scheduler:
 
         Nothing counts as computed before `retire`: a step that failed for want of memory may simply be asked for again.
         """
+        # One that is preempted on the way, for an older one, has nothing computed any more and does not decode.
         batch = [
             Slice(sequence, sequence.computed, len(sequence.token_ids))
             for sequence in list(self.running.values())
-            if sequence.remaining == 1 and sequence.began and self._has_room(sequence)
+            if sequence.decoding and self._has_room(sequence)
         ]
         budget = self.pacing.prefill_budget(decoding=len(batch))
         for sequence in self._in_prefill(budget > 0):
@@ -77,11 +78,9 @@ class Scheduler:
         for part in batch:
             sequence, size = part.sequence, self.pool.block_size
             sequence.computed = part.stop
-            full = part.stop // size
-            if self._reuse and full > part.start // size:
-                hashes = sequence.hashes(full, size)
-                for index in range(part.start // size, full):
-                    self.pool.remember(sequence.blocks[index], hashes[index])
+            if self._reuse:
+                for index in range(part.start // size, part.stop // size):
+                    self.pool.remember(sequence.blocks[index], sequence.block_hash(index, size))
 
     def moved(self) -> list[tuple[Hashable, int]]:
         """Give (key, position) of every waiting request whose position changed since it was last told; 1 is next."""
@@ -101,10 +100,10 @@ class Scheduler:
         return True
 
     def _in_prefill(self, admits: bool) -> Iterator[Sequence]:
-        """Give the running sequences that have more to compute than a decode step, then those that can start to run."""
+        """Give the running sequences that have to compute a prompt, then those that can start to run."""
         if not admits:
             return
-        yield from [s for s in self.running.values() if s.remaining > 1 or not s.began]
+        yield from [s for s in self.running.values() if not s.decoding]
         while self.waiting and len(self.running) < self.capacity:
             key, sequence = next(iter(self.waiting.items()))
             if not self._admit(sequence):
@@ -115,8 +114,9 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the blocks for its tokens, reusing those that are found."""
         # The last token is computed again in any case: its logits are what the next token is drawn from.
-        reusable = (len(sequence.token_ids) - 1) // self.pool.block_size
-        found = self.pool.find(sequence.hashes(reusable, self.pool.block_size)) if self._reuse else []
+        size = self.pool.block_size
+        reusable = (len(sequence.token_ids) - 1) // size
+        found = self.pool.find(sequence.block_hash(index, size) for index in range(reusable))
         self.pool.share(found)
         # Room for the next token too: a sequence that came to the end of its blocks would only be preempted again.
         tokens = min(len(sequence.token_ids) + 1, sequence.most_tokens)
@@ -125,15 +125,13 @@ class Scheduler:
             self.pool.release(found)
             return False
         sequence.blocks = found + fresh
-        sequence.computed = len(found) * self.pool.block_size
+        sequence.computed = len(found) * size
         if not sequence.began:
             sequence.cached_tokens = sequence.computed
         return True
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Make room for a decoding sequence's token, if need be by preempting the youngest; False if that is itself."""
-        if self.running.get(sequence.request.key) is not sequence:
-            return False  # preempted a moment ago, for an older one
         while len(sequence.blocks) * self.pool.block_size < len(sequence.token_ids):
             if fresh := self.pool.take(1):
                 sequence.blocks += fresh

@@ -61,8 +61,13 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """How many of its tokens are still to be computed; 1 is a decode step, more is prefill."""
+        """How many of its tokens are still to be computed."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all that is still to be computed is the token sampled last."""
+        return self.remaining == 1 and self.completion_tokens > 0
 
     @property
     def completion_ids(self) -> list[int]:
@@ -84,12 +89,12 @@ class Sequence:
         self._counts.update(self.token_ids, len(self.request.prompt_ids))
         return self._counts
 
-    def hashes(self, count: int, block_size: int) -> list[Hash]:
-        """Give the hashes of its first `count` blocks, which must be full."""
-        for index in range(len(self._hashes), count):
+    def block_hash(self, index: int, block_size: int) -> Hash:
+        """Give the hash of one of its blocks, which must be full; it and those before it are computed once, and only now."""
+        for i in range(len(self._hashes), index + 1):
             parent = self._hashes[-1] if self._hashes else ROOT
-            self._hashes.append(chain(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
-        return self._hashes[:count]
+            self._hashes.append(chain(parent, self.token_ids[i * block_size : (i + 1) * block_size]))
+        return self._hashes[index]
 
 
 class Slice(NamedTuple):
@@ -104,7 +109,7 @@ class Slice(NamedTuple):
     @property
     def decodes(self) -> bool:
         """Whether this is a decode step: one token, and one that was sampled."""
-        return self.stop - self.start == 1 and self.sequence.completion_tokens > 0
+        return self.samples and self.stop - self.start == 1 and self.sequence.completion_tokens > 0
 
     @property
     def samples(self) -> bool:

@@ -109,6 +109,7 @@ class Worker:
         self._tokenizer = tokenizer
         self._pacing = Pacing(runner.max_prefill, settings.prefill_stretch)
         pool = BlockPool(runner.block_count, runner.block_size)
+        self._capacity = settings.capacity
         self._scheduler = Scheduler(settings.capacity, pool, self._pacing, reuse=runner.reuses_blocks)
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
@@ -155,6 +156,8 @@ class Worker:
                 self._prefilled(key, part.stop)
             elif sampled.token_id is None:
                 log.error("the model's logits for one request are no numbers; ending that request")
+                # Its keys and values may be none either: nobody who begins alike is to find them.
+                self._scheduler.pool.forget(part.sequence.blocks)
                 self._finish(key, "error", FAILED)
             else:
                 self._sampled(key, sampled.token_id, sampled)
@@ -178,16 +181,20 @@ class Worker:
     def _spare_memory(self, batch: list[Slice]) -> None:
         """Go on with less in a step: fewer prompt tokens, then fewer sequences, and only then without those that run."""
         carries_prompts = not all(part.decodes for part in batch)
-        if not (carries_prompts and self._pacing.shrink()) and not self._scheduler.run_one_less():
+        notes = [note for note in self._runner.notes if not note.startswith(OUT_OF_MEMORY)]
+        if (carries_prompts and self._pacing.shrink()) or self._scheduler.run_one_less():
+            note = f"at most {self._pacing.largest} prompt tokens and {self._scheduler.capacity} sequences in a step"
+            notes.append(f"{OUT_OF_MEMORY}: {note}")
+        else:
+            # Even alone it was too large: that says nothing of how many others fit.
             self._fail_running()
-        note = f"at most {self._pacing.largest} prompt tokens and {self._scheduler.capacity} sequences in a step"
-        others = [note for note in self._runner.notes if not note.startswith(OUT_OF_MEMORY)]
-        self._runner.notes = [*others, f"{OUT_OF_MEMORY}: {note}"]
+            self._pacing.largest, self._scheduler.capacity = self._runner.max_prefill, self._capacity
+        self._runner.notes = notes
 
     def _fail_running(self) -> None:
         for key in list(self._scheduler.running):
             self._finish(key, "error", FAILED)
-        self._scheduler.pool.forget()
+        self._scheduler.pool.forget(range(self._scheduler.pool.count))
 
     def _announce(self, batch: list[Slice]) -> None:
         """Post what is true before the step: who starts now, who waits where, who has ended."""
