@@ -43,19 +43,19 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.preempted = self.packed = self.chunked = 0
-        preempt, step = Scheduler._preempt, PagedRunner.step
+        preempt, forward = Scheduler._preempt, PagedRunner.forward
 
         def seen_preempt(scheduler: Scheduler, sequence: Sequence) -> None:
             self.preempted += 1
             preempt(scheduler, sequence)
 
-        def seen_step(runner: PagedRunner, batch: list[Slice]) -> Any:
+        def seen_forward(runner: PagedRunner, batch: list[Slice], ends: list[int]) -> Any:
             self.packed += len(batch) > 1
             self.chunked += any(not part.samples for part in batch)
-            return step(runner, batch)
+            return forward(runner, batch, ends)
 
         monkeypatch.setattr(Scheduler, "_preempt", seen_preempt)
-        monkeypatch.setattr(PagedRunner, "step", seen_step)
+        monkeypatch.setattr(PagedRunner, "forward", seen_forward)
 
 
 async def texts_of(client: Client, asked: dict[str, str], at_once: int) -> dict[str, str]:

@@ -62,6 +62,7 @@ class Answer:
 
     def finished(self, reason: FinishReason) -> Finished:
         """Give the end, with its counts and times."""
+        self._sequence.forget_in_flight()
         return Finished(
             reason=reason,
             prompt_tokens=len(self.request.prompt_ids),

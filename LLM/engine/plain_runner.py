@@ -71,7 +71,7 @@ class PlainRunner:
             # What its cache holds now nobody knows, and the others' caches hold this step already: it ends, they go on.
             log.exception("not enough memory for one of the caches; ending that request")
             return Sampled(None)
-        return sample(logits[None], [part.sequence])[0] if part.samples else None
+        return sample(logits[None], [part.sequence]).read()[0] if part.samples else None
 
     def _forward(self, part: Slice) -> Tensor:
         """Give the logits [vocabulary] after a slice."""

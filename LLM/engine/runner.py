@@ -12,7 +12,7 @@ from torch import Tensor
 
 from LLM.engine.attention import NAME, DoesNotFit, PagedCache, Row, Step
 from LLM.engine.request import GenerationRequest, Sampled
-from LLM.engine.sampler import sample
+from LLM.engine.sampler import Drawn, sample
 from LLM.engine.sequence import Sequence, Slice
 
 BLOCK_SIZE = 16
@@ -53,11 +53,8 @@ class PagedRunner:
         Raises:
             MemoryError: the device had not enough memory.
         """
-        sampled = [part for part in batch if part.samples]
-        ends = [end for part, end in zip(batch, _ends(batch), strict=True) if part.samples]
         try:
-            logits = self.forward(batch, ends)
-            tokens = iter(sample(logits, [part.sequence for part in sampled]) if sampled else ())
+            tokens = iter(self.draw(batch).read())
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
@@ -73,13 +70,19 @@ class PagedRunner:
         self.forward([Slice(sequence, 0, 1)], [0])
 
     @torch.inference_mode()
+    def draw(self, batch: list[Slice]) -> Drawn:
+        """Run a step, and draw a token after each slice that ends its sequence."""
+        ends = [end for part, end in zip(batch, ends_of(batch), strict=True) if part.samples]
+        logits = self.forward(batch, ends)
+        return sample(logits[: len(ends)], [part.sequence for part in batch if part.samples])
+
+    @torch.inference_mode()
     def forward(self, batch: list[Slice], ends: list[int]) -> Tensor:
         """Give the logits [len(ends), vocabulary] at places `ends` of the packed row."""
         device = self._model.device
-        ids = [token_id for part in batch for token_id in part.sequence.token_ids[part.start : part.stop]]
         positions = [position for part in batch for position in range(part.start, part.stop)]
         output = self._model(
-            input_ids=torch.tensor([ids], device=device),
+            input_ids=self.input_ids(batch)[None],
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             # Nothing is asked for when no prompt ends in this step, but 0 would mean everything.
@@ -88,6 +91,11 @@ class PagedRunner:
         )
         logits: Tensor = output.logits[0]
         return logits
+
+    def input_ids(self, batch: list[Slice]) -> Tensor:
+        """Give the ids of the packed row, [tokens]."""
+        ids = [token_id for part in batch for token_id in part.sequence.token_ids[part.start : part.stop]]
+        return torch.tensor(ids, device=self._model.device)
 
     def _describe(self, batch: list[Slice]) -> Step:
         size, device = self.block_size, self._model.device
@@ -102,7 +110,7 @@ class PagedRunner:
         return Step(self._cache, torch.tensor(slots, device=device), tuple(rows))
 
 
-def _ends(batch: list[Slice]) -> list[int]:
+def ends_of(batch: list[Slice]) -> list[int]:
     """Give the place of each slice's last token in the packed row."""
     ends, place = [], -1
     for part in batch:

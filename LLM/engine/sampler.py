@@ -7,6 +7,7 @@ A row's result depends on its own logits, parameters, seed and position alone.
 import hashlib
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,21 +22,53 @@ MORE = 16
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be 0 to a division
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+UNUSABLE = -1  # in the place of a token where the logits are no numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The tokens drawn from some rows, and what is to be told of their log probabilities: tensors, wherever they are.
+
+    `tokens` are [rows]. Of the `told` rows, [told rows, alternatives] are `ids` and `logprobs`, each row's own token first.
+    """
+
+    tokens: Tensor
+    wanted: list[int | None]
+    told: list[int]
+    ids: Tensor
+    logprobs: Tensor
+
+    def to_host(self) -> "Drawn":
+        """Copy to the host without waiting for it."""
+        host = [tensor.to("cpu", non_blocking=True) for tensor in (self.tokens, self.ids, self.logprobs)]
+        return Drawn(host[0], self.wanted, self.told, host[1], host[2])
+
+    def read(self) -> list[Sampled]:
+        """Give the results; a row that failed has no token."""
+        alternatives: dict[int, tuple[Alternative, ...]] = {}
+        for row, ids, logprobs in zip(self.told, self.ids.tolist(), self.logprobs.tolist(), strict=True):
+            count = 1 + (self.wanted[row] or 0)
+            alternatives[row] = tuple(map(Alternative, ids[:count], logprobs[:count]))
+        return [
+            Sampled(None) if token_id == UNUSABLE else Sampled(token_id, alternatives.get(row, ()))
+            for row, token_id in enumerate(self.tokens.tolist())
+        ]
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> Drawn:
     """Draw the next token of each sequence from its row of `logits`, [rows, vocabulary] raw scores of any float type."""
     raw = logits.float()
     scores = _edited(raw, sequences)
     best, tokens = scores.max(-1)
-    # A row that holds a NaN or plus infinity, or whose every token is ruled out, has no finite maximum; it fails alone.
-    usable = (raw.amax(-1).isfinite() & best.isfinite()).tolist()
-    drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0 and usable[i]]
+    drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
         tokens[drawn] = _draw(scores[drawn], [sequences[i] for i in drawn])
-    alternatives = _logprobs(raw, tokens, [s.request.logprobs for s in sequences])
-    return [
-        Sampled(token_id, told) if ok else Sampled(None)
-        for token_id, ok, told in zip(tokens.tolist(), usable, alternatives, strict=True)
-    ]
+    wanted = [s.request.logprobs for s in sequences]
+    told = [row for row, count in enumerate(wanted) if count is not None]
+    ids, logprobs = _logprobs(raw[told], tokens[told], max((wanted[row] or 0 for row in told), default=0))
+    # A row that holds a NaN or plus infinity, or whose every token is ruled out, has no finite maximum; it fails alone.
+    usable = raw.amax(-1).isfinite() & best.isfinite()
+    return Drawn(tokens.where(usable, UNUSABLE), wanted, told, ids, logprobs)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -152,23 +185,14 @@ def _joined(arrays: "list[array[int]]") -> Tensor:
     )
 
 
-def _logprobs(raw: Tensor, tokens: Tensor, wanted: list[int | None]) -> list[tuple[Alternative, ...]]:
-    """Give for each row that wants them the drawn token and the likeliest ones, by the model's own distribution."""
-    told: list[tuple[Alternative, ...]] = [()] * len(wanted)
-    rows = [i for i, count in enumerate(wanted) if count is not None]
-    if not rows:
-        return told
+def _logprobs(raw: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Give ids and log probabilities [rows, 1 + count] of each row's token and its likeliest, as the model has them."""
     # JSON knows no infinity; what can never come is told as OpenAI tells it.
-    logprobs = raw[rows].log_softmax(-1).clamp(min=-9999.0)
-    chosen = tokens[rows]
-    own = logprobs.gather(-1, chosen[:, None])[:, 0]
+    logprobs = raw.log_softmax(-1).clamp(min=-9999.0)
     # Always looked for among as many: which of equally likely ones come first must not hang on how many a neighbour wants.
-    most = max(wanted[row] or 0 for row in rows)
-    top, ids = (best[:, :most] for best in logprobs.topk(min(CANDIDATES, logprobs.shape[-1])))
-    for row, *first, likeliest, scores in zip(rows, chosen.tolist(), own.tolist(), ids.tolist(), top.tolist(), strict=True):
-        alternatives = [Alternative(*pair) for pair in zip(likeliest, scores, strict=True)]
-        told[row] = (Alternative(*first), *alternatives[: wanted[row]])
-    return told
+    top, ids = (best[:, :count] for best in logprobs.topk(min(CANDIDATES, logprobs.shape[-1])))
+    own = tokens[:, None]
+    return torch.cat([own, ids], -1), torch.cat([logprobs.gather(-1, own), top], -1)
 
 
 def _column(values: list[float] | list[int] | list[bool], like: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ class Scheduler:
             self._release(sequence)
         return sequence
 
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether it is still waiting or running; its key may be another's by now."""
+        key = sequence.request.key
+        return sequence in (self.running.get(key), self.waiting.get(key))
+
     def expired(self, now: float) -> list[Hashable]:
         """Give the keys of those whose deadline has come, waiting or running."""
         everybody = [*self.waiting.items(), *self.running.items()]
@@ -61,7 +66,7 @@ class Scheduler:
         batch = [
             Slice(sequence, sequence.computed, len(sequence.token_ids))
             for sequence in list(self.running.values())
-            if sequence.decoding and self._has_room(sequence)
+            if sequence.decoding and not _at_its_end(sequence) and self._has_room(sequence)
         ]
         budget = self.pacing.prefill_budget(decoding=len(batch))
         for sequence in self._in_prefill(budget > 0):
@@ -77,6 +82,8 @@ class Scheduler:
         """Count a step's slices as computed, and make the blocks they filled findable."""
         for part in batch:
             sequence, size = part.sequence, self.pool.block_size
+            if not self.holds(sequence):
+                continue  # it ended meanwhile
             sequence.computed = part.stop
             if self._reuse:
                 for index in range(part.start // size, part.stop // size):
@@ -106,7 +113,7 @@ class Scheduler:
         yield from [s for s in self.running.values() if not s.decoding]
         while self.waiting and len(self.running) < self.capacity:
             key, sequence = next(iter(self.waiting.items()))
-            if not self._admit(sequence):
+            if _at_its_end(sequence) or not self._admit(sequence):
                 return
             self.running[key] = self.waiting.pop(key)
             yield sequence
@@ -153,3 +160,8 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
+
+
+def _at_its_end(sequence: Sequence) -> bool:
+    # Its last token is on its way; another step for it would be for nothing.
+    return sequence.completion_tokens >= sequence.request.max_tokens

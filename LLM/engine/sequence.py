@@ -41,6 +41,10 @@ class TokenCounts:
         self._counted = len(token_ids)
 
 
+# Stands for a token that was sampled in a step whose results are not read yet.
+IN_FLIGHT = -1
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request's token ids so far, the blocks they lie in, and how many of them the KV cache holds."""
@@ -83,6 +87,17 @@ class Sequence:
     def most_tokens(self) -> int:
         """How many of its tokens the KV cache may have to hold in the end: the last one sampled is never computed."""
         return len(self.request.prompt_ids) + self.request.max_tokens - 1
+
+    @property
+    def needs_its_tokens(self) -> bool:
+        """Whether the next token cannot be drawn before the last one is known."""
+        sampling = self.request.sampling
+        return sampling.repetition_penalty != 1 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+
+    def forget_in_flight(self) -> None:
+        """Make room for the token that was in flight, if one was, now that it is known."""
+        if self.token_ids[-1] == IN_FLIGHT:
+            self.token_ids.pop()
 
     def counts(self) -> TokenCounts:
         """Give its token counts as of now."""

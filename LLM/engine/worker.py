@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 
@@ -17,7 +17,7 @@ from LLM.engine.kv_cache import BlockPool
 from LLM.engine.pacing import Pacing
 from LLM.engine.request import Finished, FinishReason, GenerationRequest, Part, Queued, Sampled, Timings
 from LLM.engine.scheduler import Scheduler
-from LLM.engine.sequence import Slice
+from LLM.engine.sequence import IN_FLIGHT, Slice
 from LLM.engine.stream import GenerationStream
 from LLM.errors import Reason
 
@@ -60,6 +60,26 @@ class Runner(Protocol):
     def free(self, key: Hashable) -> None:
         """Drop what is kept of a sequence; the key may be unknown."""
         ...
+
+
+@runtime_checkable
+class RunsAhead(Protocol):
+    """A runner that can be given a step before the tokens of the last one are known, so that its device never waits."""
+
+    def launch(self, batch: list[Slice]) -> "Callable[[], list[Sampled | None]]":
+        """Do as `step` does, but give a call that waits for the results.
+
+        A slice may end in `IN_FLIGHT`: the token that the step launched before sampled for its sequence.
+        """
+        ...
+
+
+class Flight(NamedTuple):
+    """A step whose results are still to be read."""
+
+    batch: list[Slice]
+    began: float
+    read: Callable[[], list[Sampled | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,39 +135,75 @@ class Worker:
         self._inbox = inbox
         self._post = post
         self._parts: Parts = []
+        self._flight: Flight | None = None
+        self._landed_at = 0.0
 
     def run(self) -> None:
         """Serve the inbox; returns once every request has its end."""
         while not self._read_inbox():
             for key in self._scheduler.expired(time.monotonic()):
                 self._finish(key, "timeout")
+            if self._flight and any(part.sequence.needs_its_tokens for part in self._flight.batch):
+                self._land()
             batch = self._scheduler.next_batch()
             self._announce(batch)
-            if batch:
-                self._step(batch)
+            self._step(batch)
         for key in [*self._scheduler.waiting, *self._scheduler.running]:
             self._finish(key, "shutdown")
         self._hand_over()
 
     def _step(self, batch: list[Slice]) -> None:
+        """Launch a step, and read the results of the one before; where nothing runs ahead, its own."""
+        launched = self._launch(batch) if batch else None
+        # Launched work is done in its order. So the blocks of those who end here may be given to others at once, though
+        # the step just launched still writes to them: whoever gets them writes later.
+        if self._flight:
+            self._land()
+        if launched:
+            # Only now: to make a block findable its tokens must be known, those of the step before among them.
+            self._scheduler.retire(batch)
+            self._flight = launched
+            if isinstance(self._runner, RunsAhead) and not self._scheduler.idle:
+                for part in batch:
+                    if part.samples:
+                        part.sequence.token_ids.append(IN_FLIGHT)
+            else:
+                self._land()
+        self._hand_over()
+
+    def _launch(self, batch: list[Slice]) -> Flight | None:
         began = time.monotonic()
         try:
+            if isinstance(self._runner, RunsAhead):
+                return Flight(batch, began, self._runner.launch(batch))
             results = self._runner.step(batch)
         except MemoryError:
             log.exception("not enough memory for a step of %d sequences", len(batch))
             self._spare_memory(batch)
         except Exception:
-            # Whatever the model did, what its KV cache holds can no longer be trusted; those in line lose nothing.
-            log.exception("the model raised in a step; ending its %d running generations", len(self._scheduler.running))
             self._fail_running()
         else:
-            decoding = sum(part.decodes for part in batch)
-            prefilled = sum(part.stop - part.start for part in batch) - decoding
-            self._pacing.measured(decoding, prefilled, time.monotonic() - began)
-            self._scheduler.retire(batch)
-            for part, sampled in zip(batch, results, strict=True):
+            return Flight(batch, began, lambda: results)
+        return None
+
+    def _land(self) -> None:
+        """Read the results of the step in flight, and hand them to those that are still there."""
+        flight, self._flight = self._flight, None
+        assert flight, "there is a step in flight"
+        try:
+            results = flight.read()
+        except Exception:
+            self._fail_running()
+            return
+        decoding = sum(part.decodes for part in flight.batch)
+        prefilled = sum(part.stop - part.start for part in flight.batch) - decoding
+        now = time.monotonic()
+        self._pacing.measured(decoding, prefilled, now - max(flight.began, self._landed_at))
+        self._landed_at = now
+        for part, sampled in zip(flight.batch, results, strict=True):
+            if self._scheduler.holds(part.sequence):
+                part.sequence.forget_in_flight()
                 self._advance(part, sampled)
-        self._hand_over()
 
     def _advance(self, part: Slice, sampled: Sampled | None) -> None:
         key = part.sequence.request.key
@@ -192,6 +248,8 @@ class Worker:
         self._runner.notes = notes
 
     def _fail_running(self) -> None:
+        # Whatever the model did, what its KV cache holds can no longer be trusted; those in line lose nothing.
+        log.exception("the model raised in a step; ending its %d running generations", len(self._scheduler.running))
         for key in list(self._scheduler.running):
             self._finish(key, "error", FAILED)
         self._scheduler.pool.forget(range(self._scheduler.pool.count))
