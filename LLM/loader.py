@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
 from LLM.engine.attention import DoesNotFit, PagedCache
+from LLM.engine.fuse import fuse
 from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.worker import Runner
@@ -89,6 +90,7 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
 
 
 def _runner(model: Any, kv_memory: int | None) -> Runner:
+    log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
     try:
         token_bytes = page(model)
     except DoesNotFit as misfit:

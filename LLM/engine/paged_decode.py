@@ -41,7 +41,7 @@ def paged_decode(
     """
     rows, heads, dim = query.shape
     _, block_size, kv_heads, _ = keys.shape
-    assert keys.stride() == values.stride(), "keys and values lie alike"
+    assert (keys.shape, keys.stride()) == (values.shape, values.stride()), "keys and values lie alike"
     assert query.stride(-1) == keys.stride(-1) == block_table.stride(-1) == lengths.stride(0) == 1
     width = max(SMALLEST_DOT, triton.next_power_of_2(dim))
     tile = tile_for(width * keys.element_size())
