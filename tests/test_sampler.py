@@ -93,7 +93,7 @@ def tensor(rows: list[Row], dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def sampled(rows: list[Row]) -> list[Sampled]:
-    return sample(tensor(rows), [of for _, of in rows])
+    return sample(tensor(rows), [of for _, of in rows]).read()
 
 
 def drawn_at(numbers: list[float], rows: list[Row]) -> np.ndarray:
@@ -353,7 +353,11 @@ def test_logits_of_any_float_type_are_drawn_from_and_left_as_they_were(dtype: to
     before = logits.clone()
     greedy = sequence(Sampling(temperature=0, logit_bias={0: 9.0}, repetition_penalty=2.0), [1], [1], logprobs=1)
     held = sequence(Sampling(top_p=0.1), end_token_ids=frozenset({1}), min_tokens=1)
-    assert [one.token_id for one in sample(logits, [greedy, held, sequence(Sampling(top_k=1, min_p=0.5))])] == [0, 2, 1]
+    assert [one.token_id for one in sample(logits, [greedy, held, sequence(Sampling(top_k=1, min_p=0.5))]).read()] == [
+        0,
+        2,
+        1,
+    ]
     assert torch.equal(logits, before)
 
 
@@ -362,7 +366,7 @@ def test_logits_of_any_float_type_are_drawn_from_and_left_as_they_were(dtype: to
 @given(batch=BATCHES)
 def test_half_precision_is_drawn_from_as_the_numbers_it_stands_for(dtype: torch.dtype, batch: list[Row]):
     half = tensor(batch, dtype)
-    assert sample(half, [of for _, of in batch]) == sample(half.double(), [of for _, of in batch])
+    assert sample(half, [of for _, of in batch]).read() == sample(half.double(), [of for _, of in batch]).read()
 
 
 def test_a_flat_row_as_wide_as_a_real_vocabulary_is_drawn_from_whole():
@@ -415,7 +419,9 @@ def test_of_more_alternatives_than_there_are_tokens_all_are_told():
 def test_a_wide_row_of_half_precision_has_log_probabilities_to_five_places():
     logits = torch.randn(3, 49152, generator=torch.Generator().manual_seed(3)).mul(4).bfloat16()
     expected = logits.double().log_softmax(-1)
-    for row, one in zip(expected, sample(logits, [sequence(Sampling(seed=i), logprobs=20) for i in range(3)]), strict=True):
+    for row, one in zip(
+        expected, sample(logits, [sequence(Sampling(seed=i), logprobs=20) for i in range(3)]).read(), strict=True
+    ):
         assert len(one.alternatives) == 21
         assert all(logprob == pytest.approx(float(row[token_id]), abs=1e-5) for token_id, logprob in one.alternatives)
         assert [a.logprob for a in one.alternatives[1:]] == pytest.approx(row.topk(20).values.tolist(), abs=1e-5)
@@ -460,7 +466,7 @@ def test_the_same_seed_gives_the_same_tokens_whoever_runs_beside():
         of = sequence(Sampling(seed=seed, temperature=1.5, top_p=0.95, frequency_penalty=0.5))
         for step, logits in enumerate(steps):
             others = [sequence(Sampling(seed=i, top_k=i), made=[1] * step) for i in range(neighbours)]
-            *_, mine = sample(logits.expand(neighbours + 1, -1), [*others, of])
+            *_, mine = sample(logits.expand(neighbours + 1, -1), [*others, of]).read()
             of.token_ids.append(mine.token_id)
         return of.completion_ids
 
