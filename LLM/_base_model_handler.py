@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 from tokenizers import Tokenizer
 
 from LLM.engine.request import GenerationRequest, Sampling
-from LLM.engine.worker import Runner
+from LLM.engine.step import Runner
 from LLM.errors import Refused
 
 

@@ -21,7 +21,7 @@ from LLM.engine.attention import DoesNotFit, PagedCache
 from LLM.engine.fuse import fuse
 from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
-from LLM.engine.worker import Runner
+from LLM.engine.step import Runner
 from LLM.errors import Refused
 
 log = logging.getLogger(__name__)

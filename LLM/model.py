@@ -10,8 +10,9 @@ from typing import TypedDict
 
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
 from LLM.engine.request import GenerationRequest
+from LLM.engine.step import Runner
 from LLM.engine.thread import GenerationEngine
-from LLM.engine.worker import EngineSettings, Runner
+from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 
 log = logging.getLogger(__name__)

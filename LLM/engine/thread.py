@@ -16,8 +16,9 @@ from typing import Protocol, TypeVar
 from tokenizers import Tokenizer
 
 from LLM.engine.request import Delta, Finished, GenerationRequest, Timings
+from LLM.engine.step import Runner
 from LLM.engine.stream import GenerationStream
-from LLM.engine.worker import Cancel, Close, EngineSettings, Inbox, Open, Parts, Runner, Worker
+from LLM.engine.worker import Cancel, Close, EngineSettings, Inbox, Open, Parts, Worker
 from LLM.errors import Reason
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import queue
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 
@@ -18,6 +17,7 @@ from LLM.engine.pacing import Pacing
 from LLM.engine.request import Finished, FinishReason, GenerationRequest, Part, Queued, Sampled, Timings
 from LLM.engine.scheduler import Scheduler
 from LLM.engine.sequence import IN_FLIGHT, Slice
+from LLM.engine.step import Flight, Runner, RunsAhead
 from LLM.engine.stream import GenerationStream
 from LLM.errors import Reason
 
@@ -25,61 +25,6 @@ log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = "ran out of memory"
 FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; try again")
-
-
-class Runner(Protocol):
-    """What runs a model: one call a step, and a word when a sequence is gone."""
-
-    # The KV cache, in blocks of so many tokens; and whether what a block held can be used again by another sequence.
-    block_count: int
-    block_size: int
-    reuses_blocks: bool
-    # The most prompt tokens that one step should carry.
-    max_prefill: int
-    # What an operator should know of how this model runs.
-    notes: list[str]
-
-    @property
-    def memory_bytes(self) -> int:
-        """What the weights and the KV cache take."""
-        ...
-
-    @property
-    def kv_bytes(self) -> int:
-        """What the KV cache takes; 0 if there is none, or none of a fixed size."""
-        ...
-
-    def step(self, batch: list[Slice]) -> list[Sampled | None]:
-        """Advance each slice's sequence; give what was sampled after it, None where its prefill is not finished.
-
-        Raises:
-            MemoryError: there was not enough memory; with less in a batch the step can be tried again.
-        """
-        ...
-
-    def free(self, key: Hashable) -> None:
-        """Drop what is kept of a sequence; the key may be unknown."""
-        ...
-
-
-@runtime_checkable
-class RunsAhead(Protocol):
-    """A runner that can be given a step before the tokens of the last one are known, so that its device never waits."""
-
-    def launch(self, batch: list[Slice]) -> "Callable[[], list[Sampled | None]]":
-        """Do as `step` does, but give a call that waits for the results.
-
-        A slice may end in `IN_FLIGHT`: the token that the step launched before sampled for its sequence.
-        """
-        ...
-
-
-class Flight(NamedTuple):
-    """A step whose results are still to be read."""
-
-    batch: list[Slice]
-    began: float
-    read: Callable[[], list[Sampled | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +71,7 @@ class Worker:
         post: Callable[[Parts], None],
     ) -> None:
         self._runner = runner
+        self._ahead = runner if isinstance(runner, RunsAhead) else None
         self._tokenizer = tokenizer
         self._pacing = Pacing(runner.max_prefill, settings.prefill_stretch)
         pool = BlockPool(runner.block_count, runner.block_size)
@@ -163,7 +109,7 @@ class Worker:
             # Only now: to make a block findable its tokens must be known, those of the step before among them.
             self._scheduler.retire(batch)
             self._flight = launched
-            if isinstance(self._runner, RunsAhead) and not self._scheduler.idle:
+            if self._ahead and not self._scheduler.idle:
                 for part in batch:
                     if part.samples:
                         part.sequence.token_ids.append(IN_FLIGHT)
@@ -173,17 +119,21 @@ class Worker:
 
     def _launch(self, batch: list[Slice]) -> Flight | None:
         began = time.monotonic()
+        decoding = sum(part.decodes for part in batch)
+        prefilled = sum(part.stop - part.start for part in batch) - decoding
         try:
-            if isinstance(self._runner, RunsAhead):
-                return Flight(batch, began, self._runner.launch(batch))
-            results = self._runner.step(batch)
+            if self._ahead:
+                read = self._ahead.launch(batch)
+            else:
+                results = self._runner.step(batch)
+                read = lambda: results  # noqa: E731 - there is nothing left to wait for
         except MemoryError:
             log.exception("not enough memory for a step of %d sequences", len(batch))
             self._spare_memory(batch)
         except Exception:
             self._fail_running()
         else:
-            return Flight(batch, began, lambda: results)
+            return Flight(batch, decoding, prefilled, began, read)
         return None
 
     def _land(self) -> None:
@@ -195,10 +145,8 @@ class Worker:
         except Exception:
             self._fail_running()
             return
-        decoding = sum(part.decodes for part in flight.batch)
-        prefilled = sum(part.stop - part.start for part in flight.batch) - decoding
         now = time.monotonic()
-        self._pacing.measured(decoding, prefilled, now - max(flight.began, self._landed_at))
+        self._pacing.measured(flight.decoding, flight.prefilled, now - max(flight.began, self._landed_at))
         self._landed_at = now
         for part, sampled in zip(flight.batch, results, strict=True):
             if self._scheduler.holds(part.sequence):
