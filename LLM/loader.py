@@ -24,6 +24,11 @@ from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
 from LLM.errors import Refused
 
+try:
+    from LLM.engine.graph_runner import GraphRunner
+except ModuleNotFoundError:  # Triton is not to be had on every platform
+    GraphRunner = None  # type: ignore[assignment, misc]
+
 log = logging.getLogger(__name__)
 
 CPU_KV_MEMORY = 1 << 30  # bytes, where the operator did not say
@@ -70,9 +75,13 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
         raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    # The state goes before modules are fused: it would keep every weight alive that gives way to another.
+    del weights
+    model = model.to(device).eval()
     progress("warmup", 0.0)
-    runner = _runner(model.to(device).eval(), options.kv_memory)
+    log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
     text_config = config.get_text_config()
+    runner = _runner(model, options, _positions(text_config))
     # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
     gc.collect()
     gc.freeze()
@@ -89,15 +98,14 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
     )
 
 
-def _runner(model: Any, kv_memory: int | None) -> Runner:
-    log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
+def _runner(model: Any, options: LoadOptions, positions: int) -> Runner:
     try:
         token_bytes = page(model)
     except DoesNotFit as misfit:
         log.warning("serving without a paged KV cache: %s", misfit, exc_info=misfit.__cause__)
         return _plain(model, f"runs one sequence after the other, without a paged KV cache: {misfit}")
+    on_gpu, kv_memory = model.device.type == "cuda", options.kv_memory
     if kv_memory is None:
-        on_gpu = model.device.type == "cuda"
         kv_memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_KV_SHARE) if on_gpu else CPU_KV_MEMORY
     blocks = kv_memory // (token_bytes * BLOCK_SIZE)
     if not blocks:
@@ -105,7 +113,11 @@ def _runner(model: Any, kv_memory: int | None) -> Runner:
         raise Refused(
             "load_failed", f"the KV cache may have {kv_memory} bytes, but {need} hold {BLOCK_SIZE} tokens; allow more"
         )
+    if options.decode == "graph" and on_gpu and GraphRunner is not None:
+        return GraphRunner(model, blocks, options.sequences, positions)
     runner = PagedRunner(model, PagedCache(blocks, BLOCK_SIZE))
+    if options.decode == "graph":
+        runner.notes.append("decodes eagerly: graphs need a CUDA device, and Triton")
     runner.warm_up()
     return runner
 

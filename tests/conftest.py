@@ -98,7 +98,14 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
-    options = LoadOptions(dtype, config.device, kv_memory=config.kv_memory, threads=config.threads)
+    options = LoadOptions(
+        dtype,
+        config.device,
+        kv_memory=config.kv_memory,
+        threads=config.threads,
+        decode=config.decode,
+        sequences=config.max_active,
+    )
     models = ModelService(model, options, EngineSettings(config.max_active, config.prefill_stretch), root)
     try:
         async with Server(config, dispatcher(models)) as server:

@@ -103,7 +103,8 @@ class ScriptedModel(ModelHandler):
             raise self.load_errors.pop(0)
         loaded = super().load(folder, options, progress)
         loaded.tokenizer.add_tokens([WIDE])
-        return replace(loaded, runner=self, context_length=self._context_length)
+        vocabulary_size = loaded.tokenizer.get_vocab_size()
+        return replace(loaded, runner=self, context_length=self._context_length, vocabulary_size=vocabulary_size)
 
     def _report(self, progress: Progress, stage: str, done: float) -> None:
         try:

@@ -16,6 +16,7 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "kv_memory": ("1.5GiB", 3 << 29),
     "prefill_stretch": ("1.5", 1.5),
     "threads": ("2", 2),
+    "decode": ("graph", "graph"),
     "drain_timeout": ("0.5", 0.5),
     "log_level": ("debug", "debug"),
 }
@@ -40,6 +41,7 @@ BAD = [
     ("prefill_stretch", "-2"),
     ("threads", "0"),
     ("threads", "all"),
+    ("decode", "fast"),
     ("max_active", "0"),
     ("max_active", "-3"),
     ("max_active", "many"),
@@ -87,6 +89,7 @@ def test_without_arguments_the_defaults_are_served() -> None:
         kv_memory=None,
         prefill_stretch=3.0,
         threads=None,
+        decode="eager",
         drain_timeout=10.0,
         log_level="info",
     )

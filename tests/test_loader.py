@@ -165,9 +165,11 @@ def test_the_dtype_is_the_one_asked_for_and_auto_the_one_that_is_fast_on_this_cp
     AutoModelForCausalLM.from_pretrained(folder, dtype=stored).save_pretrained(folder)
     model = load(folder, replace(CPU, dtype=asked), silent)
     assert model.dtype == given
-    weights = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
-    held = model.runner.memory_bytes - model.runner.kv_bytes
-    assert held == pytest.approx(weights * getattr(torch, given).itemsize, rel=0.01)
+    weights = load_file(folder / "model.safetensors")
+    numbers, table = sum(t.numel() for t in weights.values()), weights["model.embed_tokens.weight"].numel()
+    held = (model.runner.memory_bytes - model.runner.kv_bytes) / getattr(torch, given).itemsize
+    # Where a CPU reads weights in an order of its own, the output layer has its own copy of the tied table.
+    assert min(abs(held - numbers), abs(held - numbers - table)) < 0.01 * numbers
     assert greedy(model) == stock_greedy(folder, given)
 
 
@@ -244,8 +246,10 @@ def test_the_kv_cache_takes_the_memory_it_may_and_bounds_the_context(
     assert isinstance(runner, PagedRunner)
     assert (runner.block_count * runner.block_size, model.context_length) == (tokens, context_length)
     assert runner.kv_bytes == tokens * TOKEN_BYTES <= memory
-    weights = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
-    assert weights <= runner.memory_bytes - runner.kv_bytes <= weights + 1024, "and the rotary embedding's few numbers"
+    weights = load_file(folder / "model.safetensors")
+    least = sum(t.nbytes for t in weights.values())
+    most = least + weights["model.embed_tokens.weight"].nbytes + 1024
+    assert least <= runner.memory_bytes - runner.kv_bytes <= most, "and the rotary embedding's few numbers"
     assert runner.notes == []
 
 

@@ -4,19 +4,17 @@ Triton decides when it is imported whether it interprets, so the interpreted ker
 GPU can show is in tests/gpu.
 """
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from tests.interpreter import interpreting
 
 triton = pytest.importorskip("triton", reason="the kernel needs Triton, which there is for Linux alone")
 
@@ -37,7 +35,7 @@ class Case:
     kv_heads: int = 2
     dim: int = 64
     dtype: torch.dtype = torch.float32
-    lengths: tuple[int, ...] = (1, 16, 17, 63, 333)
+    lengths: tuple[int, ...] = (1, 16, 17, 63, 190)
     scaling: float | None = None
     window: int | None = None
     softcap: float | None = None
@@ -62,8 +60,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Tensor:
     return ((scores / case.softcap).tanh() * case.softcap).softmax(-1).matmul(value)[:, 0]
 
 
-def compare(case: Case) -> tuple[Tensor, Tensor]:
-    """Give what the kernel and what the reference makes of a case, both in float64."""
+def compare(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Give what the kernel on a device and what the reference makes of a case, both in float64."""
     torch.manual_seed(case.seed)
     blocks = sum(-(-length // BLOCK_SIZE) for length in case.lengths) + 3
     cache = torch.full((2, blocks, BLOCK_SIZE, case.kv_heads, case.dim), torch.nan, dtype=case.dtype)
@@ -80,18 +78,15 @@ def compare(case: Case) -> tuple[Tensor, Tensor]:
         expected.append(reference(query[row].double(), key, value, case))
     lengths = torch.tensor(case.lengths, dtype=torch.int32)
     settings = (case.scaling, case.window, case.softcap, case.splits)
-    return kernels.paged_decode(query, *cache, block_table, lengths, *settings).double(), torch.stack(expected)
+    tensors = [tensor.to(device) for tensor in (query, *cache, block_table, lengths)]
+    return kernels.paged_decode(*tensors, *settings).double().cpu(), torch.stack(expected)
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[[Case], tuple[Tensor, Tensor]]]:
-    """Runs `compare` in a process where Triton interprets."""
-    if (triton.__version__ < "3.7") and numpy.__version__ >= "2.4":
-        pytest.skip("Triton's interpreter knows NumPy 2.4 from 3.7 on")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "TRITON_INTERPRET", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-            yield lambda case: executor.submit(compare, case).result()
+    """Runs `compare` where Triton interprets."""
+    with interpreting() as call:
+        yield lambda case: call(compare, case)
 
 
 CASES = {
@@ -116,7 +111,7 @@ def test_the_kernel_attends_every_row_to_its_own_sequence_alone(name: str, inter
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_lengths_and_tables_do(seed: int, interpreted: Callable):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 400, (7,), generator=generator).tolist()

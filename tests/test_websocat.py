@@ -65,7 +65,19 @@ def websocat(*arguments: str) -> Iterator[Terminal]:
 
 @pytest.fixture(scope="module")
 def url(default_model_folder: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "wsserver", "--port", "0", "--device", "cpu", "--drain-timeout", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "wsserver",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--drain-timeout",
+        "0",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
         try:
             assert server.stdout

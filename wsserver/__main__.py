@@ -55,7 +55,14 @@ async def serve(config: Config) -> None:
         Refused: the default model is not there, or cannot be loaded.
         OSError: the address cannot be listened on.
     """
-    options = LoadOptions(config.dtype, config.device, kv_memory=config.kv_memory, threads=config.threads)
+    options = LoadOptions(
+        config.dtype,
+        config.device,
+        kv_memory=config.kv_memory,
+        threads=config.threads,
+        decode=config.decode,
+        sequences=config.max_active,
+    )
     models = ModelService(config.model, options, EngineSettings(config.max_active, config.prefill_stretch))
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)

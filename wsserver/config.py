@@ -31,6 +31,7 @@ class Config:
     kv_memory: int | None = None
     prefill_stretch: float = 3.0
     threads: int | None = None
+    decode: str = "eager"
     drain_timeout: float = 10.0
     log_level: str = "info"
 
@@ -95,6 +96,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         metavar="X",
     )
     option("threads", "threads of a model on a CPU; auto is one less than there are cores", type=_threads, metavar="N")
+    option(
+        "decode",
+        "how a GPU decodes: eager, or graph for CUDA graphs with a kernel of their own, launched one step ahead",
+        type=_decode,
+        metavar="HOW",
+    )
     option("drain-timeout", "seconds that running generations get to finish after SIGTERM", type=_seconds, metavar="S")
     option("log-level", "how much to log: debug, info, warning, error", type=_log_level, metavar="LEVEL")
     return parser
@@ -146,6 +153,10 @@ def _device(text: str) -> str:
 
 def _dtype(text: str) -> str:
     return _choice(text, protocol.CHOICES["dtype"])
+
+
+def _decode(text: str) -> str:
+    return _choice(text, ("eager", "graph"))
 
 
 def _log_level(text: str) -> str:

@@ -50,16 +50,23 @@ class AheadRunner(PagedRunner):
     def input_ids(self, batch: list[Slice]) -> Tensor:
         """Give the ids of the packed row, [tokens], those in flight taken from the last step on the device."""
         ids = super().input_ids(batch)
+        if flown := self.in_flight(batch):
+            places, tokens = flown
+            ids[places] = tokens
+        return ids
+
+    def in_flight(self, batch: list[Slice]) -> tuple[Tensor, Tensor] | None:
+        """Give the places in the packed row whose tokens are in flight, and those tokens; None if none are."""
         places = [
             (end, self._rows[part.sequence])
             for end, part in zip(ends_of(batch), batch, strict=True)
             if part.samples and part.sequence.token_ids[-1] == IN_FLIGHT
         ]
-        if places:
-            ends, rows = torch.tensor(places, device=ids.device).unbind(-1)
-            # A row that failed has no token; its next one is for nothing, but must not be looked up out of bounds.
-            ids[ends] = self._tokens[rows].clamp(min=0)
-        return ids
+        if not places:
+            return None
+        ends, rows = torch.tensor(places, device=self._tokens.device).unbind(-1)
+        # A row that failed has no token; its next one is for nothing, but must not be looked up out of bounds.
+        return ends, self._tokens[rows].clamp(min=0)
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

@@ -6,7 +6,7 @@ https://huggingface.co/docs/transformers/attention_interface.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,15 +61,46 @@ class Row:
     blocks: Tensor
 
 
+class PagedStep(Protocol):
+    """What every layer must know of a forward pass: where its new keys and values go, and who attends to what."""
+
+    @property
+    def cache(self) -> PagedCache:
+        """Where all keys and values are."""
+        ...
+
+    @property
+    def slots(self) -> Tensor:
+        """Where in the cache the new keys and values go: [tokens]."""
+        ...
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Attend query [heads, tokens, dimension] to a layer's keys and values; give [tokens, heads, dimension]."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What every layer must know of a forward pass."""
+    """A step of any number of tokens per sequence, one sequence after the other."""
 
     cache: PagedCache
     slots: Tensor
     rows: tuple[Row, ...]
     # Every layer asks for the same ones; they grow with the length, so none outlives the step.
     masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Attend query [heads, tokens, dimension] to a layer's keys and values; give [tokens, heads, dimension]."""
+        output = query.new_empty(query.shape[1], query.shape[0], values.shape[-1])
+        for row in self.rows:
+            k = keys.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
+            v = values.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
+            output[row.first : row.last] = _attend(self, query[:, row.first : row.last], k, v, scaling, window, softcap)
+        return output
 
     def causal_mask(self, n: int, copies: int, length: int, window: int | None) -> Tensor:
         """Give [copies * n, length], true where a query may look; the queries are the newest n tokens, several times."""
@@ -91,7 +122,7 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    step: Step | None = None,
+    step: PagedStep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend, for one layer, every row of the step to its own sequence.
@@ -110,13 +141,7 @@ def paged_attention(
     keys, values = step.cache.layer(int(module.layer_idx), key, value, sliding_window)  # type: ignore[arg-type]
     keys.flatten(0, 1).index_copy_(0, step.slots, key)
     values.flatten(0, 1).index_copy_(0, step.slots, value)
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-    for row in step.rows:
-        k = keys.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
-        v = values.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
-        q = query[0, :, row.first : row.last]
-        output[row.first : row.last] = _attend(step, q, k, v, scaling, sliding_window, softcap)
-    return output[None], None
+    return step.attend(query[0], keys, values, scaling, sliding_window, softcap)[None], None
 
 
 def _attend(

@@ -57,19 +57,17 @@ class DecodeStep:
         return paged_decode(query, keys, values, self.block_table, self.lengths, scaling, window, softcap)
 
 
-class DecodeNumbers:
-    """The numbers of a decode step: written on the host, copied to the device in one go, and always at the same address.
+class HostNumbers:
+    """The numbers of a decode step as the host writes them.
 
-    The host's copy may be written again once the step that it was copied for has been waited for.
+    They may be written again once the step that they were copied for has been waited for.
     """
 
-    def __init__(self, cache: PagedCache, rows: int, blocks: int, trash_block: int, device: torch.device) -> None:
-        self._cache = cache
+    def __init__(self, rows: int, blocks: int, trash_block: int, pinned: bool) -> None:
+        self.tensor = torch.zeros(rows, TABLE + blocks, dtype=torch.int32, pin_memory=pinned)
+        self.tensor[:, TABLE] = trash_block
+        self._written = self.tensor.numpy()
         self._trash_block = trash_block
-        self._host = torch.zeros(rows, TABLE + blocks, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._host[:, TABLE] = trash_block
-        self._device = self._host.to(device)
-        self._written = self._host.numpy()
         # The list of blocks that each row's table was written from, and how many it had then.
         self._known: list[tuple[list[int], int]] = [([], 0)] * rows
 
@@ -82,7 +80,33 @@ class DecodeNumbers:
             self._write_table(row, part.sequence.blocks)
         self._written[n:rows, : TABLE + 1] = (0, 0, self._trash_block)
         self._known[n:rows] = [([], 0)] * (rows - n)
-        self._device[:rows].copy_(self._host[:rows], non_blocking=True)
+
+    def _write_table(self, row: int, blocks: list[int]) -> None:
+        # A sequence's list of blocks only ever grows; one that lost its blocks has another list afterwards.
+        known, count = self._known[row]
+        first = count if known is blocks else 0
+        self._written[row, TABLE + first : TABLE + len(blocks)] = blocks[first:]
+        self._known[row] = (blocks, len(blocks))
+
+
+class DecodeNumbers:
+    """The numbers of a decode step on the device, copied there in one go and always at the same address."""
+
+    def __init__(self, cache: PagedCache, rows: int, blocks: int, trash_block: int, device: torch.device) -> None:
+        self._cache = cache
+        # Two, in turn: the next step may be launched while the last one is still on its way, but not the one before that.
+        self._hosts = [HostNumbers(rows, blocks, trash_block, device.type == "cuda") for _ in range(2)]
+        self._device = self._hosts[0].tensor.to(device, copy=True)
+
+    def write(self, batch: list[Slice], rows: int, in_flight: tuple[Tensor, Tensor] | None = None) -> None:
+        """Put a batch of one-token slices into the first `rows` rows, with the tokens that only the device knows yet."""
+        host = self._hosts[0]
+        self._hosts.reverse()
+        host.write(batch, rows)
+        self._device[:rows].copy_(host.tensor[:rows], non_blocking=True)
+        if in_flight:
+            places, tokens = in_flight
+            self._device[places, TOKEN] = tokens.to(torch.int32)
 
     def read(self, rows: int) -> tuple[Tensor, Tensor, DecodeStep]:
         """Give token ids and positions [1, rows], and the step, as operations on the device that a graph can hold."""
@@ -92,13 +116,6 @@ class DecodeNumbers:
         slots = blocks.long() * size + positions % size
         step = DecodeStep(self._cache, slots, table, numbers[:, POSITION] + 1)
         return numbers[None, :, TOKEN].long(), positions[None], step
-
-    def _write_table(self, row: int, blocks: list[int]) -> None:
-        # A sequence's list of blocks only ever grows; one that lost its blocks has another list afterwards.
-        known, count = self._known[row]
-        first = count if known is blocks else 0
-        self._written[row, TABLE + first : TABLE + len(blocks)] = blocks[first:]
-        self._known[row] = (blocks, len(blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +174,14 @@ class GraphDecoder:
         return 0 < len(batch) <= max(self._recordings, default=0) and all(part.stop - part.start == 1 for part in batch)
 
     @torch.inference_mode()
-    def forward(self, batch: list[Slice]) -> Tensor:
+    def forward(self, batch: list[Slice], in_flight: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Give the logits [slices, vocabulary] of a step that it takes, valid until the next one.
 
-        The last step must have been waited for, as whoever reads its tokens does.
+        `in_flight` are the rows whose tokens only the device knows yet, and those tokens. The step before the last one must
+        have been waited for, as whoever reads its tokens does.
         """
         rows = min(size for size in self._recordings if size >= len(batch))
-        self._numbers.write(batch, rows)
+        self._numbers.write(batch, rows, in_flight)
         self._recordings[rows].replay()
         return self._recordings[rows].logits[: len(batch)]
 

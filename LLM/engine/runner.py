@@ -127,7 +127,9 @@ def ran_out_of_memory(error: Exception) -> bool:
 def weight_bytes(model: Any) -> int:
     """Give the memory of a model's weights; tied ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    # Tied ones share their storage, merged ones too. What oneDNN has packed tells no storage, and is nobody else's.
+    shared = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_mkldnn}
+    return sum([*shared.values(), *(t.nbytes for t in tensors if t.is_mkldnn)])
 
 
 class Probe:

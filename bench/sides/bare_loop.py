@@ -14,7 +14,7 @@ from bench.sides.side import Setting
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.request import GenerationRequest, Sampling
 from LLM.engine.sequence import Sequence, Slice
-from LLM.engine.worker import Runner
+from LLM.engine.step import Runner
 from LLM.loader import load as load_model
 
 
