@@ -79,7 +79,9 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
     del weights
     model = model.to(device).eval()
     progress("warmup", 0.0)
-    log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
+    # What only a GPU can prove is for those who ask for it.
+    if device.type == "cpu" or options.decode == "graph":
+        log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
     text_config = config.get_text_config()
     runner = _runner(model, options, _positions(text_config))
     # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
@@ -103,7 +105,7 @@ def _runner(model: Any, options: LoadOptions, positions: int) -> Runner:
         token_bytes = page(model)
     except DoesNotFit as misfit:
         log.warning("serving without a paged KV cache: %s", misfit, exc_info=misfit.__cause__)
-        return _plain(model, f"runs one sequence after the other, without a paged KV cache: {misfit}")
+        return _plain(model, f"runs one sequence after the other, eagerly and without a paged KV cache: {misfit}")
     on_gpu, kv_memory = model.device.type == "cuda", options.kv_memory
     if kv_memory is None:
         kv_memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_KV_SHARE) if on_gpu else CPU_KV_MEMORY

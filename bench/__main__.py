@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 
 import uvloop
 
@@ -30,6 +31,7 @@ def main() -> None:
     conditions = f"{arguments.threads} compute threads a side, {arguments.dtype}, reads {bandwidth / 1e9:.1f} GB/s ({way})"
     rounds = arguments.rounds or (1 if arguments.quick else ROUNDS)
     plan = Plan(arguments.model, arguments.threads, rounds, arguments.quick, bandwidth, arguments.dtype)
+    plan = replace(plan, decode=arguments.decode)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         rows = runner.run(_measure(plan, arguments.rows))
     command = " ".join(["python -m bench", *sys.argv[1:]])
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a model folder under LLM/ (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="float32", help="of rows that do not name one")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="compute threads a side")
+    parser.add_argument("--decode", choices=("eager", "graph"), default="eager", help="how our server decodes on a GPU")
     parser.add_argument("--write-results", action="store_true", help="keep the table in bench/RESULTS.md and RESULTS.json")
     return parser
 

@@ -30,6 +30,7 @@ class Plan:
     bandwidth: float  # bytes per second that this machine reads
     dtype: str = "float32"  # of rows that do not name one
     device: str = "cpu"
+    decode: str = "eager"
 
     def pick(self, full: T, quick: T) -> T:
         """Give the first, or in a quick run the second."""
@@ -37,7 +38,7 @@ class Plan:
 
     def setting(self, streams: int = 1, dtype: str | None = None, model: str | None = None) -> Setting:
         """Say how a side is to be started."""
-        return Setting(model or self.model, dtype or self.dtype, self.device, self.threads, streams)
+        return Setting(model or self.model, dtype or self.dtype, self.device, self.threads, streams, self.decode)
 
 
 # What fills some rows of the table.

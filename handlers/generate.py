@@ -68,10 +68,10 @@ async def _stream(
         async for part in stream:
             frame = answer.frame(part)
             if message.stream is False and isinstance(frame, Token):
-                answer.text += frame.text
+                answer.collect(frame)
                 continue
             if message.stream is False and isinstance(frame, Done):
-                frame.text = answer.text
+                frame.text, frame.logprobs = answer.text, answer.logprobs or None
             connection.send(frame)
 
 
@@ -97,10 +97,17 @@ class _Answer:
 
     def __init__(self, id: str, model: str, read_at: float) -> None:
         self.id = id
+        # What came so far, where it is to come in the end alone.
         self.text = ""
+        self.logprobs: list[TokenLogprob] = []
         self._model = model
         self._seq = 0
         self._seconds_before = time.monotonic() - read_at
+
+    def collect(self, frame: Token) -> None:
+        """Keep what a token frame holds, for the end."""
+        self.text += frame.text
+        self.logprobs += frame.logprobs or ()
 
     def frame(self, part: engine.Part) -> ServerMessage:
         match part:

@@ -171,6 +171,10 @@ class Checker:
         assert reason != "shutdown" or self._going_away, f"shutdown without goaway: {frame}"
         assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"
         assert all(ms >= 0 for ms in frame["timings"].values()), f"time runs backwards: {frame}"
+        whole = asked.message.get("stream") is False
+        assert whole or not {"text", "logprobs"} & frame.keys(), f"what came in token frames comes again: {frame}"
+        for entry in frame.get("logprobs", ()):
+            _scored(entry, asked.message["logprobs"])
         asked.done = frame
         self.texts[frame["id"]], self.scored[frame["id"]] = asked.text, asked.scored
         self.dones.append(frame)

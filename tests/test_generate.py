@@ -187,7 +187,6 @@ async def test_left_out_options_are_the_models_and_each_request_draws_its_own_se
         ({"prompt": "x", "max_tokens": 2**31 - 1}, "context_length_exceeded", "$.max_tokens"),
         ({"prompt": "x", "stop_token_ids": [257]}, "bad_message", "$.stop_token_ids"),
         ({"prompt": "x", "logit_bias": {"257": 1}}, "bad_message", "$.logit_bias"),
-        ({"prompt": "x", "logprobs": 0, "stream": False}, "bad_message", "logprobs"),
         ({"messages": [{"role": "user", "content": ""}]}, "bad_message", "no tokens"),
     ],
 )
@@ -413,6 +412,13 @@ async def test_every_token_that_is_shown_has_its_log_probability(client: Client,
     assert client.checker.scored["g"] == ([{**entry, "top": [entry]} for entry in sure] if count else sure)
     # The end token has none: it shows nothing.
     assert done["usage"]["completion_tokens"] == len(sure) + 1
+
+
+async def test_an_answer_that_comes_whole_has_all_its_log_probabilities_in_the_end(client: Client) -> None:
+    streamed = await client.generate(id="s", prompt="hé", logprobs=2)
+    whole = await client.generate(id="w", prompt="hé", logprobs=2, stream=False)
+    assert (whole["text"], whole["logprobs"]) == (streamed["joined"], client.checker.scored["s"])
+    assert "logprobs" not in await client.generate(id="n", prompt="hé", stream=False)
 
 
 async def test_without_being_asked_for_there_are_no_log_probabilities(client: Client) -> None:

@@ -76,11 +76,10 @@ async def texts_of(client: Client, asked: dict[str, str], at_once: int) -> dict[
 @pytest.mark.parametrize(
     ("count", "most_tokens", "at_once"),
     [
-        (12, 300, (4,)),
+        pytest.param(12, 300, (4,), marks=pytest.mark.timeout(300)),
         pytest.param(100, 1500, (1, 4, 16), marks=[pytest.mark.torture, pytest.mark.timeout(3600)]),
     ],
 )
-@pytest.mark.timeout(300)
 async def test_greedy_is_transformers_own_in_chunks_with_reuse_and_preemption(
     default_model_folder: Any, monkeypatch: pytest.MonkeyPatch, count: int, most_tokens: int, at_once: tuple[int, ...]
 ):

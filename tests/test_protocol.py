@@ -155,7 +155,6 @@ def test_an_unknown_type_is_refused_and_told_the_types(kind: str) -> None:
     [
         ("$", {"prompt": None}),
         ("$", {"messages": [says()]}),
-        ("$", {"logprobs": 0, "stream": False}),
         ("$.prompt", {"prompt": ""}),
         ("$.prompt", {"prompt": [MARK]}),
         ("$.messages", {"messages": [], "prompt": None}),
@@ -310,8 +309,7 @@ def struct(kind: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
     if kind is not Generate:
         return st.builds(kind, **fields)
     prompts = {"messages": fields.pop("messages").filter(bool), "prompt": fields.pop("prompt").filter(bool)}
-    # Log probabilities come in token frames only.
-    rest = st.fixed_dictionaries(fields).filter(lambda some: some["stream"] is not False or some["logprobs"] is None)
+    rest = st.fixed_dictionaries(fields)
     return st.sampled_from(["messages", "prompt"]).flatmap(
         lambda name: st.builds(lambda prompt, some: kind(**some, **{name: prompt}), prompts[name], rest)
     )

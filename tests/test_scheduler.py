@@ -141,7 +141,7 @@ class Engine:
 
     def finish(self) -> int:
         """Step until nothing is left to do; give how many steps that took."""
-        enough = 2 * sum(sequence.most_tokens for sequence in self.sequences.values()) + 1
+        enough = 2 * sum(sequence.request.most_tokens for sequence in self.sequences.values()) + 1
         for count in range(enough):
             if self.scheduler.idle:
                 return count
@@ -502,7 +502,7 @@ def test_everyone_gets_the_ideal_text_in_no_more_steps_than_there_are_tokens(
 ) -> None:
     engine = asked(wishes, budget=budget, **shape)
     # The oldest is never preempted and goes forward in every step; who becomes the oldest has at worst all to compute.
-    assert engine.finish() <= sum(sequence.most_tokens for sequence in engine.sequences.values())
+    assert engine.finish() <= sum(sequence.request.most_tokens for sequence in engine.sequences.values())
     assert engine.ended == {key: ideal(prompt, max_tokens) for key, (prompt, max_tokens) in enumerate(wishes)}
     assert engine.pool.free == engine.pool.count
 
@@ -517,7 +517,7 @@ def test_with_measured_pacing_too_everyone_comes_to_an_end(
     pacing = Pacing(largest)
     engine = asked(wishes, budget=pacing, **shape)
     # One step in so many carries no prompt, and the first beside streams.
-    tokens = sum(sequence.most_tokens for sequence in engine.sequences.values())
+    tokens = sum(sequence.request.most_tokens for sequence in engine.sequences.values())
     for _ in range(tokens + tokens // STALE + 1):
         batch = engine.scheduler.next_batch()
         decoding = sum(part.decodes for part in batch)
@@ -631,7 +631,7 @@ class Service(RuleBasedStateMachine):
         assert set(taken) >= set(stayed) & set(streams), "a stream was left out"
         for part in batch:
             self.check_writes(part)
-            tokens = min(len(part.sequence.token_ids) + (part.sequence not in stayed), part.sequence.most_tokens)
+            tokens = min(len(part.sequence.token_ids) + (part.sequence not in stayed), part.sequence.request.most_tokens)
             assert len(part.sequence.blocks) >= self.pool.blocks_for(tokens), "it has no room for its next token"
         self.check_order(batch)
         self.check_budget(batch)
@@ -675,7 +675,7 @@ class Service(RuleBasedStateMachine):
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether the cache has room for a sequence and its next token, if it will be computed."""
-        tokens = min(len(sequence.token_ids) + 1, sequence.most_tokens)
+        tokens = min(len(sequence.token_ids) + 1, sequence.request.most_tokens)
         used = {block for other in self.scheduler.running.values() for block in other.blocks}
         shared = used.intersection(findable(self.pool, sequence.token_ids[:-1])) if self.reuse else set()
         return self.pool.blocks_for(tokens) - len(shared) <= self.pool.free
@@ -705,7 +705,7 @@ class Service(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            self.step(sum(sequence.most_tokens for sequence in self.open.values()), budget=1)
+            self.step(sum(sequence.request.most_tokens for sequence in self.open.values()), budget=1)
             assert self.scheduler.idle
             assert self.pool.free == self.pool.count
 

@@ -45,7 +45,7 @@ def test_it_decodes_when_only_its_last_token_is_missing_and_that_was_sampled(
 
 @pytest.mark.parametrize(("prompt", "max_tokens", "most"), [(1, 1, 1), (5, 1, 5), (5, 4, 8)])
 def test_the_last_token_sampled_needs_no_place_in_the_cache(prompt: int, max_tokens: int, most: int) -> None:
-    assert sequence(prompt, max_tokens=max_tokens).most_tokens == most
+    assert sequence(prompt, max_tokens=max_tokens).request.most_tokens == most
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     option(
         "dtype",
-        "precision: auto is the model's own on a GPU, and on a CPU that has instructions for bfloat16, else float32",
+        "precision: auto is the model's own on a GPU; on a CPU bfloat16 where both have it, else float32",
         type=_dtype,
         metavar="DTYPE",
     )

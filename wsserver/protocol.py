@@ -116,8 +116,6 @@ class Generate(_Message):
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("send exactly one of messages and prompt")
-        if self.logprobs is not None and self.stream is False:
-            raise ValueError("logprobs come in token frames; leave out logprobs, or stream")
 
 
 class Cancel(_Message):
@@ -255,6 +253,7 @@ class Done(_Message):
     usage: Usage
     timings: Timings
     text: str | None = None
+    logprobs: list[TokenLogprob] | None = None
     error: ErrorDetail | None = None
 
 

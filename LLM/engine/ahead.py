@@ -1,6 +1,7 @@
 """Steps launched one ahead: the next one is on its way to the device before the last one's tokens are read back.
 
-So a GPU never waits for the host. Knows no scheduling: who may run ahead of its own last token is the worker's to say.
+So a GPU that decodes greedily does not wait for the host; a step that draws from a part of the vocabulary still waits in the
+sampler. Knows no scheduling: who may run ahead of its own last token is the worker's to say.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,9 @@ class AheadRunner(PagedRunner):
         ]
         if not places:
             return None
-        ends, rows = torch.tensor(places, device=self._tokens.device).unbind(-1)
+        device = self._tokens.device
+        # From pinned memory: any other copy would wait for the step in flight.
+        ends, rows = torch.tensor(places, pin_memory=device.type == "cuda").to(device, non_blocking=True).unbind(-1)
         # A row that failed has no token; its next one is for nothing, but must not be looked up out of bounds.
         return ends, self._tokens[rows].clamp(min=0)
 

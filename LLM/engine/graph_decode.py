@@ -147,6 +147,7 @@ class GraphDecoder:
 
     def __init__(self, model: Any, cache: PagedCache, trash_block: int, capacity: int, blocks: int) -> None:
         self._model = model
+        self._capacity = capacity
         self._block_size = cache.block_size
         self._recordings: dict[int, Recording] = {}
         self._failures: dict[int, str] = {}
@@ -164,10 +165,10 @@ class GraphDecoder:
     @property
     def note(self) -> str | None:
         """What was not recorded and why; None if nothing is missing."""
-        if not self._failures:
-            return None
-        missing = ", ".join(f"{rows} ({why})" for rows, why in sorted(self._failures.items()))
-        return f"no CUDA graphs for batches of {missing}"
+        missing = [f"{rows} ({why})" for rows, why in sorted(self._failures.items())]
+        if self._capacity > LARGEST:
+            missing.append(f"more than {LARGEST}")
+        return f"no CUDA graphs for batches of {', '.join(missing)}" if missing else None
 
     def takes(self, batch: list[Slice]) -> bool:
         """Whether a step is one that was recorded: one token per slice, and not too many slices."""

@@ -30,7 +30,8 @@ class BlockPool:
         self.count = count
         self.block_size = block_size
         self._users: dict[int, int] = {}
-        # Free blocks, the next one to be taken first: those without content, then the least recently used.
+        # Free blocks, the next one to be taken first: those never used, or given back without content, then the least
+        # recently used.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
         self._by_hash: dict[Hash, int] = {}
         self._hash_of: dict[int, Hash] = {}

@@ -47,6 +47,11 @@ class GenerationRequest:
     logprobs: int | None = None
     deadline: float | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens the KV cache may have to hold in the end: the last one sampled is never computed."""
+        return len(self.prompt_ids) + self.max_tokens - 1
+
 
 class Alternative(NamedTuple):
     """A token that could come next, and its log probability in the model's own distribution, before all sampling."""
@@ -56,7 +61,7 @@ class Alternative(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """The token drawn for a sequence; None if its logits were no numbers.
+    """The token drawn for a sequence; None if it alone failed: its logits were no numbers, or it found no memory.
 
     `alternatives` is empty unless log probabilities were asked for; then it begins with the drawn token, and the likeliest
     ones follow, that one possibly among them again.

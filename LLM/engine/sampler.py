@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from LLM.engine.request import Alternative, Sampled, Sampling
-from LLM.engine.sequence import Sequence
+from LLM.engine.sequence import Sequence, TokenCounts
 
 # Sorting a whole vocabulary costs as much as a small model's step. What top_k, top_p and min_p leave is mostly among this
 # many likeliest tokens; where it is not, it is looked for among so many times more, and so on.
@@ -22,6 +22,7 @@ MORE = 16
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be 0 to a division
 
 
+NOTHING = TokenCounts()
 UNUSABLE = -1  # in the place of a token where the logits are no numbers
 
 
@@ -165,7 +166,7 @@ def _penalise_counts(scores: Tensor, sequences: list[Sequence]) -> None:
     penalties = [(s.request.sampling.presence_penalty, s.request.sampling.frequency_penalty) for s in sequences]
     if not any(presence or frequency for presence, frequency in penalties):
         return
-    counts = [s.counts() for s in sequences]
+    counts = [s.counts() if any(own) else NOTHING for s, own in zip(sequences, penalties, strict=True)]
     rows, ids = _places([c.made for c in counts], scores)
     presence, frequency = torch.tensor(penalties, device=scores.device)[rows].unbind(-1)
     scores[rows, ids] -= presence + frequency * _joined([c.times for c in counts]).to(scores.device)

@@ -31,7 +31,7 @@ class Scheduler:
 
     def can_ever_run(self, request: GenerationRequest) -> bool:
         """Whether the whole cache is large enough for this request alone."""
-        return self.pool.blocks_for(Sequence(request).most_tokens) <= self.pool.count
+        return self.pool.blocks_for(request.most_tokens) <= self.pool.count
 
     def add(self, request: GenerationRequest) -> Sequence | None:
         """Take in, at the end of the line, a request that can ever run; None if the line is full."""
@@ -126,7 +126,7 @@ class Scheduler:
         found = self.pool.find(sequence.block_hash(index, size) for index in range(reusable))
         self.pool.share(found)
         # Room for the next token too: a sequence that came to the end of its blocks would only be preempted again.
-        tokens = min(len(sequence.token_ids) + 1, sequence.most_tokens)
+        tokens = min(len(sequence.token_ids) + 1, sequence.request.most_tokens)
         fresh = self.pool.take(self.pool.blocks_for(tokens) - len(found))
         if fresh is None:
             self.pool.release(found)

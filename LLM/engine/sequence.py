@@ -84,11 +84,6 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
-    def most_tokens(self) -> int:
-        """How many of its tokens the KV cache may have to hold in the end: the last one sampled is never computed."""
-        return len(self.request.prompt_ids) + self.request.max_tokens - 1
-
-    @property
     def needs_its_tokens(self) -> bool:
         """Whether the next token cannot be drawn before the last one is known."""
         sampling = self.request.sampling

@@ -143,6 +143,8 @@ class Worker:
         try:
             results = flight.read()
         except Exception:
+            for part in flight.batch:  # one that was preempted meanwhile stands in line: its token is drawn again
+                part.sequence.forget_in_flight()
             self._fail_running()
             return
         now = time.monotonic()
@@ -159,7 +161,7 @@ class Worker:
             if sampled is None:
                 self._prefilled(key, part.stop)
             elif sampled.token_id is None:
-                log.error("the model's logits for one request are no numbers; ending that request")
+                log.error("a step gave one request no token: no memory, or logits that are no numbers; ending that request")
                 # Its keys and values may be none either: nobody who begins alike is to find them.
                 self._scheduler.pool.forget(part.sequence.blocks)
                 self._finish(key, "error", FAILED)

@@ -20,7 +20,9 @@ from LLM.loader import load as load_model
 
 def load(setting: Setting) -> Callable[[Job], None]:
     """Load the model; give what collects as many jobs as are to run at once, then runs them together."""
-    options = LoadOptions(setting.dtype, setting.device, threads=setting.threads)
+    options = LoadOptions(
+        setting.dtype, setting.device, threads=setting.threads, decode=setting.decode, sequences=setting.streams
+    )
     model = load_model(setting.folder, options, lambda stage, progress: None)
     together: list[Job] = []
 
@@ -39,7 +41,7 @@ def _decode(runner: Runner, tokenizer: Tokenizer, jobs: list[Job]) -> None:
     # Each sequence gets its blocks beforehand, since none comes or goes.
     block = count()
     for _, sequence in running.values():
-        sequence.blocks = [next(block) for _ in range(-(-sequence.most_tokens // runner.block_size))]
+        sequence.blocks = [next(block) for _ in range(-(-sequence.request.most_tokens // runner.block_size))]
     while running:
         batch = _next_batch([sequence for _, sequence in running.values()], runner.max_prefill)
         for part, sampled in zip(batch, runner.step(batch), strict=True):

@@ -101,6 +101,7 @@ def wsserver(setting: Setting, module: str = "wsserver", *before: str, name: str
         "device": setting.device,
         "max-active": str(setting.streams),
         "threads": str(setting.threads),
+        "decode": setting.decode,
         "log-level": "warning",
     }
     return WebSocketSide(name, setting, module, *before, *(f"--{key}={value}" for key, value in options.items()))
