@@ -89,6 +89,12 @@ class Scheduler:
                 for index in range(part.start // size, part.stop // size):
                     self.pool.remember(sequence.blocks[index], sequence.block_hash(index, size))
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Make nothing findable of what a sequence computed, wherever it lies: it may have lost its blocks meanwhile."""
+        size = self.pool.block_size
+        full = len(sequence.token_ids) // size
+        self.pool.forget(self.pool.find(sequence.block_hash(index, size) for index in range(full)))
+
     def moved(self) -> list[tuple[Hashable, int]]:
         """Give (key, position) of every waiting request whose position changed since it was last told; 1 is next."""
         moved = []

@@ -163,7 +163,7 @@ class Worker:
             elif sampled.token_id is None:
                 log.error("a step gave one request no token: no memory, or logits that are no numbers; ending that request")
                 # Its keys and values may be none either: nobody who begins alike is to find them.
-                self._scheduler.pool.forget(part.sequence.blocks)
+                self._scheduler.distrust(part.sequence)
                 self._finish(key, "error", FAILED)
             else:
                 self._sampled(key, sampled.token_id, sampled)
