@@ -594,6 +594,31 @@ def test_an_exception_ends_what_runs_and_not_what_waits_also_when_steps_are_laun
     assert not ahead.unread
 
 
+def test_one_that_was_preempted_beside_a_step_that_fails_goes_on_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    asked = words(12)
+    preempted_in_flight = 0
+    for step in range(4, 60):
+        ahead = ahead_with(monkeypatch, block_count=6)
+        served = Served(ahead, *requests(asked, max_tokens=30), capacity=5)
+        line = served.worker._scheduler
+
+        def failing(number: int, step: int = step, line: Scheduler = line) -> Exception | None:
+            nonlocal preempted_in_flight
+            if number != step:
+                return None
+            preempted_in_flight += any(s.token_ids[-1] == IN_FLIGHT for s in line.waiting.values())
+            return RuntimeError("a kernel failed")
+
+        ahead.fails_reading = failing
+        caplog.clear()
+        served.run()
+        assert sum("the model raised" in record.message for record in caplog.records) == 1
+        assert {id: served.texts[id] for id, end in served.ends.items() if end == DONE}.items() <= asked.items()
+    assert preempted_in_flight
+
+
 @pytest.mark.parametrize(("most", "length"), [(2, 20), (1, 20), (70, 200)])
 def test_a_launch_that_finds_no_memory_loses_nothing_of_the_step_in_flight(ahead: AheadModel, most: int, length: int):
     asked = words(5, length=length)

@@ -23,6 +23,7 @@ SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be
 
 
 NOTHING = TokenCounts()
+NONE = torch.empty(0, 0)
 UNUSABLE = -1  # in the place of a token where the logits are no numbers
 
 
@@ -66,7 +67,9 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> Drawn:
         tokens[drawn] = _draw(scores[drawn], [sequences[i] for i in drawn])
     wanted = [s.request.logprobs for s in sequences]
     told = [row for row, count in enumerate(wanted) if count is not None]
-    ids, logprobs = _logprobs(raw[told], tokens[told], max((wanted[row] or 0 for row in told), default=0))
+    ids = logprobs = NONE
+    if told:
+        ids, logprobs = _logprobs(raw[told], tokens[told], max(wanted[row] or 0 for row in told))
     # A row that holds a NaN or plus infinity, or whose every token is ruled out, has no finite maximum; it fails alone.
     usable = raw.amax(-1).isfinite() & best.isfinite()
     return Drawn(tokens.where(usable, UNUSABLE), wanted, told, ids, logprobs)
@@ -137,6 +140,8 @@ def _pick(probabilities: Tensor, u: Tensor) -> Tensor:
 
 def _edited(raw: Tensor, sequences: list[Sequence]) -> Tensor:
     """Apply logit bias, penalties and held-off end tokens, touching only the scores that change."""
+    if not any(_is_edited(sequence) for sequence in sequences):
+        return raw
     scores = raw.clone()
     settings = [s.request.sampling for s in sequences]
     if any(s.logit_bias for s in settings):
@@ -148,6 +153,11 @@ def _edited(raw: Tensor, sequences: list[Sequence]) -> Tensor:
     if any(held):
         scores[_places(held, scores)] = -torch.inf
     return scores
+
+
+def _is_edited(sequence: Sequence) -> bool:
+    held = sequence.completion_tokens < sequence.request.min_tokens
+    return held or sequence.needs_its_tokens or bool(sequence.request.sampling.logit_bias)
 
 
 def _penalise_repetition(scores: Tensor, sequences: list[Sequence]) -> None:
