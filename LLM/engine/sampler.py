@@ -71,7 +71,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> Drawn:
     if told:
         ids, logprobs = _logprobs(raw[told], tokens[told], max(wanted[row] or 0 for row in told))
     # A row that holds a NaN or plus infinity, or whose every token is ruled out, has no finite maximum; it fails alone.
-    usable = raw.amax(-1).isfinite() & best.isfinite()
+    usable = best.isfinite() if scores is raw else raw.amax(-1).isfinite() & best.isfinite()
     return Drawn(tokens.where(usable, UNUSABLE), wanted, told, ids, logprobs)
 
 
