@@ -35,10 +35,10 @@ class EchoRunner:
 
     def _next(self, part: Slice) -> Sampled:
         request = part.sequence.request
-        prompt = [*request.prompt_ids, END]
-        token_id = prompt[part.sequence.completion_tokens % len(prompt)]
-        sure = Alternative(token_id, 0.0)
-        return Sampled(token_id, (sure, sure)[: 1 + (request.logprobs or 0)] if request.logprobs is not None else ())
+        place = part.sequence.completion_tokens % (len(request.prompt_ids) + 1)
+        token_id = request.prompt_ids[place] if place < len(request.prompt_ids) else END
+        sure = () if request.logprobs is None else (Alternative(token_id, 0.0),) * (1 + min(request.logprobs, 1))
+        return Sampled(token_id, sure)
 
 
 class ModelHandler(BaseModelHandler):
