@@ -65,39 +65,42 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     torch_dtype = _dtype(options.dtype, device, config)
-    weights = dict(_weights(folder, torch_dtype, progress))
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, found = architecture.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch_dtype, output_loading_info=True
-    )
-    if missing := found["missing_keys"]:
-        # transformers would go on with random numbers in their place.
-        raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    # The state goes before modules are fused: it would keep every weight alive that gives way to another.
-    del weights
-    model = model.to(device).eval()
+    model = _model(folder, config, torch_dtype, progress).to(device).eval()
     progress("warmup", 0.0)
     # What only a GPU can prove is for those who ask for it.
     if device.type == "cpu" or options.decode == "graph":
         log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
-    text_config = config.get_text_config()
-    runner = _runner(model, options, _positions(text_config))
+    positions = _positions(config.get_text_config())
+    runner = _runner(model, options, positions)
     # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
     gc.collect()
     gc.freeze()
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer.backend_tokenizer,
-        context_length=min(_positions(text_config), runner.block_count * runner.block_size),
-        vocabulary_size=text_config.vocab_size,
+        context_length=min(positions, runner.block_count * runner.block_size),
+        vocabulary_size=config.get_text_config().vocab_size,
         dtype=str(torch_dtype).removeprefix("torch."),
         device=str(device),
         chat_template=_chat_template(tokenizer),
         end_token_ids=_end_token_ids(model.generation_config, tokenizer),
         generation_config=model.generation_config.to_dict(),
     )
+
+
+def _model(folder: Path, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
+    # The weights as they were read go when this returns: they would keep alive what modules give up when they are fused.
+    weights = dict(_weights(folder, dtype, progress))
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, found = architecture.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    if missing := found["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def _runner(model: Any, options: LoadOptions, positions: int) -> Runner:

@@ -22,8 +22,8 @@ MORE = 16
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be 0 to a division
 
 
-NOTHING = TokenCounts()
-NONE = torch.empty(0, 0)
+NOTHING = TokenCounts()  # in the place of the counts of a row without penalties, which are not kept up
+NONE = torch.empty(0, 0)  # log probabilities that nobody asked for
 UNUSABLE = -1  # in the place of a token where the logits are no numbers
 
 

@@ -130,7 +130,7 @@ class Worker:
         except MemoryError:
             log.exception("not enough memory for a step of %d sequences", len(batch))
             self._spare_memory(batch)
-        except Exception:
+        except Exception:  # told in the log, and to those it ends
             self._fail_running()
         else:
             return Flight(batch, decoding, prefilled, began, read)
@@ -142,7 +142,7 @@ class Worker:
         assert flight, "there is a step in flight"
         try:
             results = flight.read()
-        except Exception:
+        except Exception:  # told in the log, and to those it ends
             for part in flight.batch:  # one that was preempted meanwhile stands in line: its token is drawn again
                 part.sequence.forget_in_flight()
             self._fail_running()
