@@ -618,7 +618,11 @@ class Service(RuleBasedStateMachine):
 
     def next_batch(self) -> list[Slice]:
         before = {sequence: sequence.computed for sequence in self.scheduler.running.values()}
-        streams = [sequence for sequence in before if sequence.completion_tokens and sequence.remaining == 1]
+        streams = [
+            sequence
+            for sequence in before
+            if sequence.completion_tokens and sequence.computed == len(sequence.token_ids) - 1
+        ]
         short = sum(len(s.blocks) * self.pool.block_size < len(s.token_ids) for s in streams) - self.pool.free
         batch = self.scheduler.next_batch()
         assert bool(batch) == bool(self.open)

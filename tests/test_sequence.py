@@ -21,14 +21,14 @@ def sequence(prompt: int, completion: int = 0, max_tokens: int = 9) -> Sequence:
 def test_a_new_sequence_holds_its_prompt_and_nothing_else() -> None:
     new = sequence(3)
     assert new.token_ids == [0, 1, 2]
-    assert (new.completion_ids, new.completion_tokens, new.computed, new.remaining) == ([], 0, 0, 3)
+    assert (new.completion_ids, new.completion_tokens, new.computed) == ([], 0, 0)
     assert (new.blocks, new.began, new.cached_tokens, new.position_told) == ([], False, 0, 0)
 
 
 def test_what_is_sampled_joins_the_completion_and_leaves_the_request_alone() -> None:
     running = sequence(3, completion=2)
     running.computed = 4
-    assert (running.completion_ids, running.completion_tokens, running.remaining) == ([100, 101], 2, 1)
+    assert (running.completion_ids, running.completion_tokens) == ([100, 101], 2)
     assert running.request.prompt_ids == (0, 1, 2)
 
 

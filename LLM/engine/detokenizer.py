@@ -68,6 +68,8 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _release(self, text: str) -> str:
+        if not self._stop:
+            return text
         held = self._held + text
         if matches := _matches(held, self._stop):
             self.stopped, self._held = True, ""
@@ -88,6 +90,6 @@ def _matches(text: str, stop: Sequence[str]) -> list[tuple[int, int]]:
 
 def _length_of_begun_stop(text: str, stop: Sequence[str]) -> int:
     """Give the length of the longest end of `text` that some stop string begins with."""
-    longest = max((len(s) - 1 for s in stop), default=0)
+    longest = max(len(s) - 1 for s in stop)
     lengths = range(min(longest, len(text)), 0, -1)
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)

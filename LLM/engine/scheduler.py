@@ -50,7 +50,7 @@ class Scheduler:
     def holds(self, sequence: Sequence) -> bool:
         """Whether it is still waiting or running; its key may be another's by now."""
         key = sequence.request.key
-        return sequence in (self.running.get(key), self.waiting.get(key))
+        return self.running.get(key) is sequence or self.waiting.get(key) is sequence
 
     def expired(self, now: float) -> list[Hashable]:
         """Give the keys of those whose deadline has come, waiting or running."""

@@ -51,6 +51,7 @@ class Sequence:
 
     request: GenerationRequest
     token_ids: list[int] = field(init=False)
+    prompt_tokens: int = field(init=False)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     # Whether its prefill ever began: one that was preempted begins again, but is announced once.
@@ -62,26 +63,23 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
-
-    @property
-    def remaining(self) -> int:
-        """How many of its tokens are still to be computed."""
-        return len(self.token_ids) - self.computed
+        self.prompt_tokens = len(self.token_ids)
 
     @property
     def decoding(self) -> bool:
         """Whether all that is still to be computed is the token sampled last."""
-        return self.remaining == 1 and self.completion_tokens > 0
+        tokens = len(self.token_ids)
+        return self.computed == tokens - 1 and tokens > self.prompt_tokens
 
     @property
     def completion_ids(self) -> list[int]:
         """The ids sampled so far."""
-        return self.token_ids[len(self.request.prompt_ids) :]
+        return self.token_ids[self.prompt_tokens :]
 
     @property
     def completion_tokens(self) -> int:
         """How many ids were sampled so far."""
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return len(self.token_ids) - self.prompt_tokens
 
     @property
     def needs_its_tokens(self) -> bool:
@@ -96,7 +94,7 @@ class Sequence:
 
     def counts(self) -> TokenCounts:
         """Give its token counts as of now."""
-        self._counts.update(self.token_ids, len(self.request.prompt_ids))
+        self._counts.update(self.token_ids, self.prompt_tokens)
         return self._counts
 
     def block_hash(self, index: int, block_size: int) -> Hash:

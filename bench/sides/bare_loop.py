@@ -65,7 +65,7 @@ def _sequence(tokenizer: Tokenizer, job: Job) -> Sequence:
 
 def _next_batch(sequences: list[Sequence], most: int) -> list[Slice]:
     """Take all that is left of each, prompts in order up to `most` tokens, and decode once every prompt is done."""
-    prompts = [s for s in sequences if s.remaining > 1]
+    prompts = [s for s in sequences if len(s.token_ids) - s.computed > 1]
     batch = []
     for sequence in prompts or sequences:
         if most > 0:
