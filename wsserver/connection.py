@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 
-from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
 from wsserver import protocol
@@ -72,11 +72,16 @@ class Connection:
             return
         try:
             self._outbox.push(frame)
-            self._all_written.clear()
-            self._news.set()
         except OutboxFull:
             log.warning("session %s: closing, the reader is too slow", self.session.id)
             self._close_within(0, CloseCode.READER_TOO_SLOW, "reader too slow")
+            return
+        # While the socket takes all it is given, no frame waits for the writer's turn. When it does not, the writer waits.
+        while self._outbox and not self._socket.transport.get_write_buffer_size():
+            self._write_now()
+        if self._outbox:
+            self._all_written.clear()
+            self._news.set()
 
     def spawn(self, message: Init | Generate, serve: Callable[[str], Coroutine[None, None, None]]) -> None:
         """Open a message's id and serve it in a task of its own.
@@ -173,6 +178,10 @@ class Connection:
             pass  # the reader sees it too
         finally:
             self._all_written.set()
+
+    def _write_now(self) -> None:
+        if (data := self._outbox.pop()) is not None:
+            broadcast((self._socket,), data, text=True)
 
     def _close_within(self, seconds: float, code: CloseCode, reason: str) -> None:
         for task in self._tasks:
