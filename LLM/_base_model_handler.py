@@ -29,7 +29,8 @@ class LoadOptions:
     """At which precision and where a model is to run, and how much of the machine it gets.
 
     "auto" is the precision that runs best there, and a GPU if there is one. `kv_memory` is in bytes, `threads` those of a
-    CPU; None leaves the choice to the loader. `decode` is "eager" or "graph", the latter for as many `sequences` at once.
+    CPU; None leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, or "graph" for a GPU and as many
+    `sequences` at once.
     """
 
     dtype: str = "auto"

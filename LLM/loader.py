@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
 from LLM.engine.attention import DoesNotFit, PagedCache
+from LLM.engine.compiled_runner import CompiledRunner
 from LLM.engine.fuse import fuse
+from LLM.engine.huge_pages import move_to_huge_pages
 from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
@@ -70,6 +73,7 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
     # What only a GPU can prove is for those who ask for it.
     if device.type == "cpu" or options.decode == "graph":
         log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
+    move_to_huge_pages([*model.parameters(), *model.buffers()], partial(progress, "warmup"))
     positions = _positions(config.get_text_config())
     runner = _runner(model, options, positions)
     # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
@@ -120,9 +124,14 @@ def _runner(model: Any, options: LoadOptions, positions: int) -> Runner:
         )
     if options.decode == "graph" and on_gpu and GraphRunner is not None:
         return GraphRunner(model, blocks, options.sequences, positions)
-    runner = PagedRunner(model, PagedCache(blocks, BLOCK_SIZE))
+    cache = PagedCache(blocks, BLOCK_SIZE)
+    if options.decode == "compiled" and not on_gpu:
+        return CompiledRunner(model, cache)
+    runner = PagedRunner(model, cache)
     if options.decode == "graph":
         runner.notes.append("decodes eagerly: graphs need a CUDA device, and Triton")
+    elif options.decode == "compiled":
+        runner.notes.append("decodes eagerly: compiled graphs are for a CPU")
     runner.warm_up()
     return runner
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from LLM import loader as loader_module
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions
+from LLM.engine.compiled_runner import CompiledRunner
 from LLM.engine.kv_cache import BlockPool
 from LLM.engine.pacing import Pacing
 from LLM.engine.plain_runner import PlainRunner
@@ -168,9 +169,25 @@ def test_the_dtype_is_the_one_asked_for_and_auto_the_one_that_is_fast_on_this_cp
     weights = load_file(folder / "model.safetensors")
     numbers, table = sum(t.numel() for t in weights.values()), weights["model.embed_tokens.weight"].numel()
     held = (model.runner.memory_bytes - model.runner.kv_bytes) / getattr(torch, given).itemsize
-    # Where a CPU reads weights in an order of its own, the output layer has its own copy of the tied table.
-    assert min(abs(held - numbers), abs(held - numbers - table)) < 0.01 * numbers
+    # Where a CPU reads weights in an order of its own, the output layer has its own copy of the tied table; and norms, which
+    # are large in so small a model alone, have theirs twice.
+    assert min(abs(held - numbers), abs(held - numbers - table)) < 0.02 * numbers
     assert greedy(model) == stock_greedy(folder, given)
+
+
+@pytest.mark.parametrize(
+    ("decode", "kind", "notes"),
+    [
+        ("eager", PagedRunner, []),
+        ("compiled", CompiledRunner, []),
+        ("graph", PagedRunner, ["decodes eagerly: graphs need a CUDA device, and Triton"]),
+    ],
+)
+def test_a_cpu_decodes_as_asked_or_says_why_not(folder: Path, decode: str, kind: type[PagedRunner], notes: list[str]):
+    model = load(folder, replace(CPU, dtype="float32", decode=decode), silent)
+    assert type(model.runner) is kind
+    assert model.runner.notes == notes
+    assert greedy(model) == stock_greedy(folder, "float32")
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "15KB"])

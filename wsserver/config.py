@@ -98,7 +98,8 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     option("threads", "threads of a model on a CPU; auto is one less than there are cores", type=_threads, metavar="N")
     option(
         "decode",
-        "how a GPU decodes: eager, or graph for CUDA graphs with a kernel of their own, launched one step ahead",
+        "how a model decodes: eager; on a GPU graph, for CUDA graphs with a kernel of their own, launched one step ahead; "
+        "on a CPU compiled, for a stream that runs alone, where a C++ compiler is at hand",
         type=_decode,
         metavar="HOW",
     )
@@ -156,7 +157,7 @@ def _dtype(text: str) -> str:
 
 
 def _decode(text: str) -> str:
-    return _choice(text, ("eager", "graph"))
+    return _choice(text, ("eager", "graph", "compiled"))
 
 
 def _log_level(text: str) -> str:

@@ -5,12 +5,16 @@ where their keys and values lie. The step travels through the model as a keyword
 https://huggingface.co/docs/transformers/attention_interface.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 NAME = "wsserver_paged"
@@ -82,35 +86,100 @@ class PagedStep(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences of similar lengths that go forward by one token each, and attend in one operation.
+
+    Shapes: places [rows], where in the packed row they are, None if they are all of it; tokens [rows * length], where in the
+    cache each one's keys and values lie; mask [rows, 1, 1, length], true for its own, None if all are as long.
+    """
+
+    rows: int
+    places: Tensor | None
+    tokens: Tensor
+    mask: Tensor | None
+
+
 class Step:
     """A step of any number of tokens per sequence, one sequence after the other."""
 
-    cache: PagedCache
-    slots: Tensor
-    rows: tuple[Row, ...]
-    # Every layer asks for the same ones; they grow with the length, so none outlives the step.
-    masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+    def __init__(self, cache: PagedCache, slots: Tensor, rows: Sequence[Row]) -> None:
+        self.cache = cache
+        self.slots = slots
+        self._chunks = [row for row in rows if row.last - row.first > 1]
+        self._streams = [row for row in rows if row.last - row.first == 1]
+        # Every layer asks for the same ones; they grow with the lengths, so none outlives the step.
+        self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+        self._groups: dict[int | None, list[Group]] = {}
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None, softcap: float | None
     ) -> Tensor:
         """Attend query [heads, tokens, dimension] to a layer's keys and values; give [tokens, heads, dimension]."""
+        if window not in self._groups:
+            self._groups[window] = self._grouped(window)
+        groups = self._groups[window]
+        if not self._chunks and len(groups) == 1:
+            return _attend_streams(groups[0], query, keys, values, scaling, softcap)
         output = query.new_empty(query.shape[1], query.shape[0], values.shape[-1])
-        for row in self.rows:
-            k = keys.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
-            v = values.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
-            output[row.first : row.last] = _attend(self, query[:, row.first : row.last], k, v, scaling, window, softcap)
+        for group in groups:
+            output[group.places] = _attend_streams(group, query, keys, values, scaling, softcap)
+        for row in self._chunks:
+            output[row.first : row.last] = self._attend_chunk(row, query, keys, values, scaling, window, softcap)
         return output
 
-    def causal_mask(self, n: int, copies: int, length: int, window: int | None) -> Tensor:
+    def _attend_chunk(
+        self,
+        row: Row,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        heads, groups, n = query.shape[0], keys.shape[-2], row.last - row.first
+        key = keys.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
+        value = values.index_select(0, row.blocks).flatten(0, 1)[: row.length].transpose(0, 1)
+        mask = self._causal_mask(n, heads // groups, row.length, window)
+        # The heads that share a key become rows of one product: no key is copied, and none is read twice.
+        rows = query[:, row.first : row.last].reshape(groups, heads // groups * n, -1)
+        return _softmax(rows[None], key[None], value[None], mask, scaling, softcap).reshape(heads, n, -1).transpose(0, 1)
+
+    def _causal_mask(self, n: int, copies: int, length: int, window: int | None) -> Tensor:
         """Give [copies * n, length], true where a query may look; the queries are the newest n tokens, several times."""
         known = (n, copies, length, window)
-        if known not in self.masks:
+        if known not in self._masks:
             position = torch.arange(length - n, length, device=self.slots.device).repeat(copies)[:, None]
             other = torch.arange(length, device=self.slots.device)[None]
             mask = other <= position
-            self.masks[known] = mask if window is None else mask & (other > position - window)
-        return self.masks[known]
+            self._masks[known] = mask if window is None else mask & (other > position - window)
+        return self._masks[known]
+
+    def _grouped(self, window: int | None) -> list[Group]:
+        """Put the streams in groups, none of which is twice as long as a sequence of it."""
+        found: list[tuple[int, list[Row]]] = []
+        for row in sorted(self._streams, key=lambda row: -row.length):
+            length = row.length if window is None else min(row.length, window)
+            if not found or 2 * length < found[-1][0]:
+                found.append((length, []))
+            found[-1][1].append(row)
+        alone = len(found) == 1 and not self._chunks
+        # A group that is alone answers in the order of its rows.
+        return [self._group(length, self._streams if alone else rows, alone, window) for length, rows in found]
+
+    def _group(self, length: int, rows: Sequence[Row], alone: bool, window: int | None) -> Group:
+        device, size = self.slots.device, self.cache.block_size
+        lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
+        visible = lengths if window is None else lengths.clamp(max=window)
+        offsets = torch.arange(length, device=device)[None]
+        # A shorter sequence repeats its last token, unseen: what is in another's blocks, or in none, may be no number.
+        positions = torch.minimum(lengths - visible + offsets, lengths - 1)
+        blocks = pad_sequence([row.blocks for row in rows], batch_first=True)
+        tokens = blocks.gather(1, positions // size) * size + positions % size
+        uneven = any(min(row.length, length) < length for row in rows)
+        mask = (offsets < visible)[:, None, None] if uneven else None
+        places = None if alone else torch.tensor([row.first for row in rows], device=device)
+        return Group(len(rows), places, tokens.flatten(), mask)
 
 
 def paged_attention(
@@ -133,38 +202,72 @@ def paged_attention(
     Raises:
         DoesNotFit: the model's attention is another function than this one, however near its results may be.
     """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        output: Tensor = torch.ops.wsserver.attend(query, key, value, layer, scaling, sliding_window, softcap)
+        return output, None
     if step is None:
         raise DoesNotFit("it does not hand a step on to its attention")
     if attention_mask is not None or any(isinstance(o, Tensor) for name, o in others.items() if name not in KNOWN):
         raise DoesNotFit("its attention takes more than queries, keys and values")
-    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = step.cache.layer(int(module.layer_idx), key, value, sliding_window)  # type: ignore[arg-type]
-    keys.flatten(0, 1).index_copy_(0, step.slots, key)
-    values.flatten(0, 1).index_copy_(0, step.slots, value)
-    return step.attend(query[0], keys, values, scaling, sliding_window, softcap)[None], None
+    return _attend(step, query, key, value, layer, scaling, sliding_window, softcap), None
+
+
+@contextmanager
+def attending(step: PagedStep) -> Iterator[None]:
+    """Let compiled graphs that this thread runs meanwhile attend to a step: it cannot travel through them."""
+    token = _attended.set(step)
+    try:
+        yield
+    finally:
+        _attended.reset(token)
 
 
 def _attend(
-    step: Step, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    step: PagedStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    """Attend queries [heads, n, d] to keys and values [kv heads, length, d], the last n of which are the queries' own."""
-    heads, n, width = query.shape
-    groups, length = key.shape[0], key.shape[1]
-    mask = None
-    if n > 1:
-        mask = step.causal_mask(n, heads // groups, length, window)
-    elif window is not None:
-        key, value = key[:, -window:], value[:, -window:]
-    # The heads that share a key become rows of one product: no key is copied, and none is read twice.
-    rows = query.reshape(groups, heads // groups * n, width)
-    return _softmax(rows, key, value, mask, scaling, softcap).reshape(heads, n, -1).transpose(0, 1)
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    keys, values = step.cache.layer(layer, key, value, window)
+    keys.flatten(0, 1).index_copy_(0, step.slots, key)
+    values.flatten(0, 1).index_copy_(0, step.slots, value)
+    return step.attend(query[0], keys, values, scaling, window, softcap)[None]
+
+
+def _attend_compiled(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    return _attend(_attended.get(), query, key, value, *others)
+
+
+def _like_attended(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _attend_streams(
+    group: Group, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Attend the group's queries of [heads, tokens, dimension] to their own sequences; give [rows, heads, dimension]."""
+    heads, groups = query.shape[0], keys.shape[-2]
+    query = query.transpose(0, 1)
+    if group.places is not None:
+        query = query.index_select(0, group.places)
+    key = keys.flatten(0, 1).index_select(0, group.tokens).view(group.rows, -1, *keys.shape[2:]).transpose(1, 2)
+    value = values.flatten(0, 1).index_select(0, group.tokens).view(group.rows, -1, *values.shape[2:]).transpose(1, 2)
+    # As in a chunk: the heads that share a key are rows of one product.
+    rows = query.reshape(group.rows, groups, heads // groups, -1)
+    return _softmax(rows, key, value, group.mask, scaling, softcap).reshape(group.rows, heads, -1)
 
 
 def _softmax(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
     if softcap is None:
-        return scaled_dot_product_attention(query[None], key[None], value[None], mask, scale=scaling)[0]
+        return scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -173,3 +276,11 @@ def _softmax(
 
 
 AttentionInterface.register(NAME, paged_attention)
+
+# The same as an operation that a compiled graph may hold. Torch need not know of the cache that it writes to: no other
+# operation looks there.
+_attended: ContextVar[PagedStep] = ContextVar("attended")
+_LIBRARY: Any = torch.library.Library("wsserver", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("attend(Tensor q, Tensor k, Tensor v, int layer, float? scaling, int? window, float? softcap) -> Tensor")
+_LIBRARY.impl("attend", _attend_compiled, "CPU")
+_LIBRARY.impl("attend", _like_attended, "Meta")

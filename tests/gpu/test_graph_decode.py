@@ -73,7 +73,7 @@ def test_graphs_give_the_tokens_of_eager_steps_and_of_the_models_own_generate(na
     model = make(name)
     expected = {key: own(model, prompt) for key, prompt in PROMPTS.items()}
     if fused:
-        assert fuse(model) == ("norms", "projections")
+        assert fuse(model) == ("norms", "attention", "MLPs")
     runner, cache = paged(model)
     eager, _ = generate(runner, None, NEW_TOKENS, None)
     decoder = recorded(runner, cache, model)
