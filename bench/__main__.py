@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a model folder under LLM/ (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPE_BYTES, default="float32", help="of rows that do not name one")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="compute threads a side")
-    parser.add_argument("--decode", choices=("eager", "graph"), default="eager", help="how our server decodes on a GPU")
+    parser.add_argument("--decode", choices=("eager", "graph", "compiled"), default="eager", help="how our server decodes")
     parser.add_argument("--write-results", action="store_true", help="keep the table in bench/RESULTS.md and RESULTS.json")
     return parser
 

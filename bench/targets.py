@@ -32,11 +32,13 @@ def _less(what: str, unit: str, must: float | None, stretch: float | None = None
 
 TARGETS = {
     "one_stream_f32.generate": Target("one stream, float32: model.generate + streamer", "tok/s", 1.0, 1.5),
-    "one_stream_f32.llama": Target("one stream, float32: llama.cpp", "tok/s", 0.40, 0.6),
-    "one_stream_f32.bandwidth": Target("one stream, float32: share of the memory bandwidth", "share"),
+    "one_stream_f32.llama": Target("one stream, float32, compiled: llama.cpp", "tok/s", 0.40, 0.6),
+    "one_stream_f32.llama_eager": Target("one stream, float32: llama.cpp", "tok/s"),
+    "one_stream_f32.bandwidth": Target("one stream, float32, compiled: share of the memory bandwidth", "share"),
     "one_stream_bf16.generate": Target("one stream, bfloat16: model.generate + streamer", "tok/s", 1.0, 1.5),
-    "one_stream_bf16.llama": Target("one stream, bfloat16: llama.cpp", "tok/s", 0.55, 0.8),
-    "one_stream_bf16.bandwidth": Target("one stream, bfloat16: share of the memory bandwidth", "share", 0.35, 0.5),
+    "one_stream_bf16.llama": Target("one stream, bfloat16, compiled: llama.cpp", "tok/s", 0.55, 0.8),
+    "one_stream_bf16.llama_eager": Target("one stream, bfloat16: llama.cpp", "tok/s"),
+    "one_stream_bf16.bandwidth": Target("one stream, bfloat16, compiled: share of the memory bandwidth", "share", 0.35, 0.5),
     "clients_16.serve": Target("16 clients: transformers serve", "tok/s", 4.0, 6.0),
     "clients_16.serve_cb": Target("16 clients: transformers serve, continuous", "tok/s", 1.3, 1.8),
     "clients_16.cb": Target("16 clients: continuous batching in process", "tok/s"),

@@ -18,13 +18,19 @@ Value = Callable[[list[Trace]], float]
 
 
 async def one_stream(plan: Plan, dtype: str, name: str) -> list[Row]:
-    """Measure one request at a time, at one precision, beside generate and llama.cpp."""
+    """Measure one request at a time, at one precision: eager beside generate, compiled beside llama.cpp, which is so too."""
     asked = requests(plan.pick(3, 1), [plan.pick(96, 24)], lengths=(16,))
-    runs = await _beside(plan, dtype, 1, ("wsserver", "generate", "llama"), closed(1, asked))
-    floor = _floor_share(plan, dtype, runs, 1)
-    rows = [_row(f"{name}.{peer}", runs, peer, measure.tokens_per_second, floor) for peer in ("generate", "llama")]
-    if not (ours := runs.found.get("wsserver")):
-        return [*rows, Row(f"{name}.bandwidth", note=runs.why_not("wsserver"))]
+    runs = await _beside(plan, dtype, 1, ("wsserver", "compiled", "generate", "llama"), closed(1, asked))
+    rows = []
+    for row, side, peer in (
+        ("generate", "wsserver", "generate"),
+        ("llama", "compiled", "llama"),
+        ("llama_eager", "wsserver", "llama"),
+    ):
+        floor = _floor_share(plan, dtype, runs, 1, side)
+        rows.append(_row(f"{name}.{row}", runs, peer, measure.tokens_per_second, floor, ours=side))
+    if not (ours := runs.found.get("compiled")):
+        return [*rows, Row(f"{name}.bandwidth", note=runs.why_not("compiled"))]
     rates = [1 / measure.tpot(traces) for traces in ours]
     step = step_bytes(plan.setting().folder, dtype, 1, _context(ours[0]))
     note = f"{rates[0]:.1f} tok/s after the first, {step / 1e6:.0f} MB a step, {plan.bandwidth / 1e9:.1f} GB/s"
@@ -104,13 +110,13 @@ def _prompt_tokens(runs: Runs[list[Trace]], name: str) -> list[int]:
     return sorted(trace.prompt_tokens for trace in runs.found[name][0])
 
 
-def _floor_share(plan: Plan, dtype: str, runs: Runs[list[Trace]], streams: int) -> float | None:
+def _floor_share(plan: Plan, dtype: str, runs: Runs[list[Trace]], streams: int, ours: str = "wsserver") -> float | None:
     """Give our rate over the rate at which the memory could feed so many streams."""
-    if not (ours := runs.found.get("wsserver")):
+    if not (found := runs.found.get(ours)):
         return None
-    step = step_bytes(plan.setting().folder, dtype, streams, _context(ours[0]))
+    step = step_bytes(plan.setting().folder, dtype, streams, _context(found[0]))
     floor = plan.bandwidth / step * streams
-    return measure.quantile(runs.each("wsserver", measure.tokens_per_second), 0.5) / floor
+    return measure.quantile(runs.each(ours, measure.tokens_per_second), 0.5) / floor
 
 
 def _context(traces: list[Trace]) -> int:

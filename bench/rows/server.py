@@ -12,7 +12,8 @@ from bench import measure
 from bench.load import Request, closed_loop, prompts, requests
 from bench.measure import Trace
 from bench.runs import Measurement, Plan, Variant, alternate, closed
-from bench.sides import ECHO, SIDES, paced_echo
+from bench.sides import ECHO, METER, SIDES, metered, paced_echo
+from bench.sides.metered import model_seconds
 from bench.sides.process import SideFailed
 from bench.sides.side import Side
 from bench.sides.websocket import Client, WebSocketSide
@@ -45,16 +46,16 @@ async def overhead(plan: Plan) -> list[Row]:
 
 
 async def server_cpu(plan: Plan) -> list[Row]:
-    """Measure our process's CPU time per token on the paced echo model, whose steps cost none."""
+    """Measure our process's CPU time per token, the model's own taken off."""
     rows = []
     for streams in (1, 16):
-        asked = requests(streams, [plan.pick(500, 50)])
-        side = partial(paced_echo, plan.setting(streams, "auto", ECHO), TICK)
-        runs = await alternate({"echo": Variant(side, partial(_cpu_per_token, streams, asked), streams)}, plan.rounds)
-        found = runs.each("echo", lambda seconds: 1000 * seconds)
-        note = f"all CPU time of the process, echo model, a step every {TICK:.0f} ms"
+        asked = requests(streams, [plan.pick(400, 24)], lengths=(16,))
+        side = partial(metered, plan.setting(streams=streams))
+        runs = await alternate({"metered": Variant(side, partial(_cpu_per_token, streams, asked), streams)}, plan.rounds)
+        found = runs.each("metered", lambda seconds: 1000 * seconds)
+        note = "all CPU time of the process but that of the runner's steps"
         name = f"server_cpu.{streams}"
-        rows.append(single(name, found, note=note) if found else Row(name, note=runs.why_not("echo")))
+        rows.append(single(name, found, note=note) if found else Row(name, note=runs.why_not("metered")))
     return rows
 
 
@@ -107,9 +108,12 @@ async def stalled_reader(plan: Plan) -> list[Row]:
 
 
 async def _cpu_per_token(streams: int, asked: list[Request], side: Side) -> float:
-    before = side.process.cpu_seconds()
+    def seconds() -> float:
+        return side.process.cpu_seconds() - model_seconds(METER)
+
+    before = seconds()
     traces = await closed_loop(side.stream, streams, asked)
-    return (side.process.cpu_seconds() - before) / sum(t.completion_tokens for t in traces)
+    return (seconds() - before) / sum(t.completion_tokens for t in traces)
 
 
 async def _tokens_and_frames_per_cpu_second(asked: list[Request], side: Side) -> tuple[float, float]:

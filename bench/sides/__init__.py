@@ -5,16 +5,20 @@ the bench has, see `openai.py` and `websocket.py`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from bench.sides.in_process import InProcess
 from bench.sides.openai import OpenAISide, transformers_serve
+from bench.sides.process import CACHE
 from bench.sides.side import Setting, Side
 from bench.sides.websocket import WebSocketSide, wsserver
 
 ECHO = "wsserver/echo"
+METER = CACHE / "model_seconds"
 
 SIDES: dict[str, Callable[[Setting], Side]] = {
     "wsserver": wsserver,
+    "compiled": lambda setting: wsserver(replace(setting, decode="compiled"), name="wsserver, compiled"),
     "generate": lambda setting: InProcess("model.generate + streamer", setting, "bench.sides.generate"),
     "serve": lambda setting: transformers_serve(setting, continuous=False),
     "serve_cb": lambda setting: transformers_serve(setting, continuous=True),
@@ -30,3 +34,9 @@ SIDES: dict[str, Callable[[Setting], Side]] = {
 def paced_echo(setting: Setting, milliseconds: float) -> WebSocketSide:
     """Give wsserver with the echo model on a clock."""
     return wsserver(setting, "bench.sides.paced_echo", str(milliseconds), name="wsserver, paced echo")
+
+
+def metered(setting: Setting) -> WebSocketSide:
+    """Give wsserver with a meter on its model's CPU time, which `model_seconds` of METER reads."""
+    METER.parent.mkdir(exist_ok=True)
+    return wsserver(setting, "bench.sides.metered", str(METER), name="wsserver, metered")

@@ -21,7 +21,7 @@ class Setting:
     device: str = "cpu"
     threads: int = 1
     streams: int = 1  # how many requests may run at once
-    decode: str = "eager"  # how our server decodes on a GPU
+    decode: str = "eager"  # how our server decodes
 
     @property
     def folder(self) -> Path:
