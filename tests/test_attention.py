@@ -158,6 +158,32 @@ def test_neighbours_in_a_step_change_nothing_beyond_rounding(case: Case):
             torch.testing.assert_close(row, apart.forward([chunk])[0], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_streams_of_very_different_lengths_decode_together(case: Case):
+    sequences, lengths = Sequences(case, 6, 2), [1, 50, 3, 24, 25, 2]
+    sequences.forward([(sequence, length) for sequence, length in enumerate(lengths)])
+    for together in ([4, 0, 3, 1, 5, 2], [5, 0], [1]):
+        rows = sequences.forward([(sequence, 1) for sequence in together])
+        for sequence, row in zip(together, rows, strict=True):
+            torch.testing.assert_close(row.double(), sequences.alone(sequence, 1), atol=case.error, rtol=case.error)
+
+
+@pytest.mark.parametrize("in_a_row", [True, False])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_keys_and_values_that_lie_in_a_row_are_not_copied(case: Case, in_a_row: bool, monkeypatch: pytest.MonkeyPatch):
+    sequences, copies = Sequences(case, 1, 0), []
+    if in_a_row:
+        sequences.free.sort(reverse=True)
+    sequences.forward([(0, 20)])
+    select = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *given: copies.append(given) or select(*given))
+    for _ in range(9):
+        (row,) = sequences.forward([(0, 1)])
+        torch.testing.assert_close(row.double(), sequences.alone(0, 1), atol=case.error, rtol=case.error)
+    # What a window sees may lie in one block.
+    assert (not copies) if in_a_row else (copies or case.window in (1, 3))
+
+
 def test_a_sequence_fills_its_last_block_and_the_cache_to_the_last_place():
     sequences = Sequences(Case(), 1, 0)
     sequences.forward([(0, BLOCKS * BLOCK_SIZE - 1)])

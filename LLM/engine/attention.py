@@ -90,13 +90,20 @@ class Group:
     """Sequences of similar lengths that go forward by one token each, and attend in one operation.
 
     Shapes: places [rows], where in the packed row they are, None if they are all of it; tokens [rows * length], where in the
-    cache each one's keys and values lie; mask [rows, 1, 1, length], true for its own, None if all are as long.
+    cache each one's keys and values lie, or a slice if that is one piece; mask [rows, 1, 1, length], true for its own, None
+    if all are as long.
     """
 
     rows: int
     places: Tensor | None
-    tokens: Tensor
+    tokens: Tensor | slice
     mask: Tensor | None
+
+    def gather(self, cached: Tensor) -> Tensor:
+        """Give the group's part of a layer's keys or values, [rows, kv heads, length, dimension]."""
+        cached = cached.flatten(0, 1)
+        found = cached[self.tokens] if isinstance(self.tokens, slice) else cached.index_select(0, self.tokens)
+        return found.view(self.rows, -1, *cached.shape[1:]).transpose(1, 2)
 
 
 class Step:
@@ -175,11 +182,14 @@ class Step:
         # A shorter sequence repeats its last token, unseen: what is in another's blocks, or in none, may be no number.
         positions = torch.minimum(lengths - visible + offsets, lengths - 1)
         blocks = pad_sequence([row.blocks for row in rows], batch_first=True)
-        tokens = blocks.gather(1, positions // size) * size + positions % size
+        tokens = (blocks.gather(1, positions // size) * size + positions % size).flatten()
         uneven = any(min(row.length, length) < length for row in rows)
         mask = (offsets < visible)[:, None, None] if uneven else None
         places = None if alone else torch.tensor([row.first for row in rows], device=device)
-        return Group(len(rows), places, tokens.flatten(), mask)
+        # Where a stream that runs alone has its blocks side by side, as it often does, nothing has to be copied.
+        if alone and len(rows) == 1 and device.type == "cpu" and bool((tokens.diff() == 1).all()):
+            return Group(1, places, slice(int(tokens[0]), int(tokens[-1]) + 1), mask)
+        return Group(len(rows), places, tokens, mask)
 
 
 def paged_attention(
@@ -256,8 +266,7 @@ def _attend_streams(
     query = query.transpose(0, 1)
     if group.places is not None:
         query = query.index_select(0, group.places)
-    key = keys.flatten(0, 1).index_select(0, group.tokens).view(group.rows, -1, *keys.shape[2:]).transpose(1, 2)
-    value = values.flatten(0, 1).index_select(0, group.tokens).view(group.rows, -1, *values.shape[2:]).transpose(1, 2)
+    key, value = group.gather(keys), group.gather(values)
     # As in a chunk: the heads that share a key are rows of one product.
     rows = query.reshape(group.rows, groups, heads // groups, -1)
     return _softmax(rows, key, value, group.mask, scaling, softcap).reshape(group.rows, heads, -1)
