@@ -1,7 +1,7 @@
 """One socket, its session, its outbox and its tasks: the only file that awaits a socket. Knows no models.
 
-Three kinds of tasks: one reads, one writes, and one per open id does what a message handler spawned. The reader never
-waits for a generation, so a cancel is read in every state.
+Three kinds of tasks: one reads, one writes what the socket does not take at once, and one per open id does what a message
+handler spawned. The reader never waits for a generation, so a cancel is read in every state.
 """
 
 import asyncio
@@ -77,8 +77,8 @@ class Connection:
             self._close_within(0, CloseCode.READER_TOO_SLOW, "reader too slow")
             return
         # While the socket takes all it is given, no frame waits for the writer's turn. When it does not, the writer waits.
-        while self._outbox and not self._socket.transport.get_write_buffer_size():
-            self._write_now()
+        while not self._socket.transport.get_write_buffer_size() and (data := self._outbox.pop()) is not None:
+            broadcast((self._socket,), data, text=True)
         if self._outbox:
             self._all_written.clear()
             self._news.set()
@@ -178,10 +178,6 @@ class Connection:
             pass  # the reader sees it too
         finally:
             self._all_written.set()
-
-    def _write_now(self) -> None:
-        if (data := self._outbox.pop()) is not None:
-            broadcast((self._socket,), data, text=True)
 
     def _close_within(self, seconds: float, code: CloseCode, reason: str) -> None:
         for task in self._tasks:

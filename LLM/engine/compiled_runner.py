@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from LLM.engine.attention import PagedCache, attending
+from LLM.engine.fuse import ROUGH_TOLERANCE, TOLERANCE
 from LLM.engine.request import GenerationRequest
 from LLM.engine.runner import PagedRunner
 from LLM.engine.sequence import Sequence, Slice
 
 log = logging.getLogger(__name__)
-
-# Relative errors of logits: compiled, a 16-bit type is rounded less often.
-TOLERANCE = {torch.float32: 1e-4}
-ROUGH_TOLERANCE = 5e-2
 
 
 class CompiledRunner(PagedRunner):
@@ -30,7 +27,6 @@ class CompiledRunner(PagedRunner):
 
     def __init__(self, model: Any, cache: PagedCache) -> None:
         super().__init__(model, cache)
-        self.warm_up()
         sequence = Sequence(GenerationRequest("compile", (0, 1), 1), blocks=[0])
         token = [Slice(sequence, 1, 2)]
         self.forward([Slice(sequence, 0, 1)], [0])

@@ -18,7 +18,7 @@ SMALL = 8192
 
 
 class RMSNorm(nn.Module):
-    """A norm by the root of the mean square: on a CPU a few tokens' in less operations than torch's own."""
+    """A norm by the root of the mean square: on a CPU a few tokens' in fewer operations than torch's own."""
 
     weight: Tensor
     twice: Tensor

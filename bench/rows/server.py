@@ -19,8 +19,7 @@ from bench.sides.side import Side
 from bench.sides.websocket import Client, WebSocketSide
 from bench.table import Row, compared, single
 
-TICK = 20.0  # milliseconds of a paced step: about what a small model takes
-SHORT_TICK = 5.0
+TICK = 5.0  # milliseconds of a paced step
 HEALTHY = 8  # streams beside the stalled reader
 STALLED = 4  # generations on the stalled reader's connection
 
@@ -93,7 +92,7 @@ async def cancel(plan: Plan) -> list[Row]:
 async def stalled_reader(plan: Plan) -> list[Row]:
     """Measure the gaps of streams beside a reader that stops to read, and beside the same one when it reads."""
     setting = plan.setting(HEALTHY + STALLED, "auto", ECHO)
-    side = partial(paced_echo, setting, SHORT_TICK)
+    side = partial(paced_echo, setting, TICK)
     tokens = plan.pick(3000, 800)
     variants = {
         "stalled": Variant(side, partial(_gaps_beside, tokens, False), HEALTHY),
@@ -103,7 +102,7 @@ async def stalled_reader(plan: Plan) -> list[Row]:
     ours, theirs = (runs.each(name, lambda found: 1000 * found) for name in variants)
     if not ours or not theirs:
         return [Row("stalled_reader", note=runs.why_not(*variants))]
-    note = f"echo model, a step every {SHORT_TICK:.0f} ms, {HEALTHY} streams"
+    note = f"echo model, a step every {TICK:.0f} ms, {HEALTHY} streams"
     return [compared("stalled_reader", ours, theirs, note=note)]
 
 
