@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
-from LLM.engine import compiled_runner
+from LLM.engine import compiled_runner, fused_modules
 from LLM.engine.attention import PagedCache
 from LLM.engine.compiled_runner import CompiledRunner
 from LLM.engine.fuse import fuse
+from LLM.engine.fused_modules import FBGEMM, PackedLinear
 from LLM.engine.request import GenerationRequest
-from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
+from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page, weight_bytes
 from LLM.engine.sequence import Sequence, Slice
 
 SIZES = {
@@ -35,9 +36,9 @@ CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
 }
 
 
-def make(name: str = "llama") -> Any:
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](initializer_range=0.3), dtype=torch.float32).eval()
+def make(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 5) -> Any:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](initializer_range=0.3), dtype=dtype).eval()
     fuse(model)
     page(model)
     return model
@@ -97,6 +98,87 @@ def test_a_stream_alone_is_decoded_by_the_graph_and_gets_the_same_logits(name: s
     assert calls.count == 0
 
 
+def test_models_beside_each_other_are_decoded_by_their_own_graphs():
+    models = [make("llama"), make("gemma3"), make("llama", seed=6)]
+    plain = [PagedRunner(model, PagedCache(64, BLOCK_SIZE)) for model in models]
+    compiled = [CompiledRunner(model, PagedCache(64, BLOCK_SIZE)) for model in models]
+    assert [runner.notes for runner in compiled] == [[], [], []]
+    expected = [greedy(runner, [(1, 2, 3)], 20)[0] for runner in plain]
+    assert expected[0] != expected[2]
+    for _ in range(2):
+        assert [greedy(runner, [(1, 2, 3)], 20)[0] for runner in compiled] == expected
+
+
+def has_fbgemm() -> bool:
+    return torch.backends.quantized.engine in FBGEMM and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@pytest.fixture
+def rows_by_fbgemm(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of what FBGEMM multiplies while the test runs."""
+    if not has_fbgemm():
+        pytest.skip("this CPU or this torch has no FBGEMM or no bfloat16")
+    shapes: list[torch.Size] = []
+    product = fused_modules.ONE_ROW_PRODUCT
+
+    def noted(hidden: Tensor, weight: Any) -> Tensor:
+        shapes.append(hidden.shape)
+        result: Tensor = product(hidden, weight)
+        return result
+
+    monkeypatch.setattr(fused_modules, "ONE_ROW_PRODUCT", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_row_of_a_16_bit_model_is_multiplied_by_fbgemm(name: str, rows_by_fbgemm: list[torch.Size]):
+    model, other = make(name, torch.bfloat16), make(name, torch.bfloat16)
+    plain = PagedRunner(other, PagedCache(64, BLOCK_SIZE))
+    compiled = CompiledRunner(model, PagedCache(64, BLOCK_SIZE))
+    assert compiled.notes == []
+    # All but the embeddings and the norms, once more.
+    held = sum(part.weight.nbytes for part in model.modules() if isinstance(part, PackedLinear))
+    assert compiled.memory_bytes - compiled.kv_bytes == weight_bytes(model) + held
+    rows_by_fbgemm.clear()
+    _, steps = greedy(plain, [(5,)], 1)
+    assert not rows_by_fbgemm
+    _, found = greedy(compiled, [(5,)], 1)
+    torch.testing.assert_close(found, steps, atol=5e-2, rtol=5e-2)
+    products = sum(isinstance(part, PackedLinear) for part in model.modules())
+    assert [shape.numel() // shape[-1] for shape in rows_by_fbgemm] == [1] * products
+    rows_by_fbgemm.clear()
+    _, steps = greedy(plain, [(5, 6), (7,)], 1)
+    _, found = greedy(compiled, [(5, 6), (7,)], 1)
+    torch.testing.assert_close(found, steps, atol=5e-2, rtol=5e-2)
+    # Of two sequences only what comes of the output layer could be one row, and is not.
+    assert not rows_by_fbgemm
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-2, 2, 48).bfloat16()], ids=["plain", "bias"])
+def test_both_forms_of_a_weight_give_the_same(bias: Tensor | None, rows_by_fbgemm: list[torch.Size]):
+    torch.manual_seed(1)
+    # Down to numbers that float16 holds as 0.
+    weight = (torch.randn(48, 32) * torch.logspace(-9, 0, 32)).bfloat16()
+    layer, hidden = PackedLinear(weight, bias), torch.randn(1, 1, 32).bfloat16()
+    expected = layer(hidden)
+    assert layer.pack_for_one_row() == weight.nbytes
+    torch.testing.assert_close(layer(hidden), expected, atol=1e-2, rtol=1e-2)
+    assert rows_by_fbgemm == [hidden.shape]
+    layer.forget_one_row()
+    assert torch.equal(layer(hidden), expected)
+    assert len(rows_by_fbgemm) == 1
+
+
+def test_a_weight_that_float16_cannot_hold_or_that_holds_more_digits_stays_alone(rows_by_fbgemm: list[torch.Size]):
+    large = torch.randn(48, 32).bfloat16()
+    large[3, 4] = 1e5
+    for weight in (large, torch.randn(48, 32)):
+        layer, hidden = PackedLinear(weight, None), torch.randn(1, 1, 32).to(weight.dtype)
+        assert layer.pack_for_one_row() == 0
+        torch.testing.assert_close(layer(hidden), hidden @ weight.T)
+    assert not rows_by_fbgemm
+
+
 def raising(*arguments: Any, **options: Any) -> Any:
     """Compile as torch does where there is no C++ compiler."""
 
@@ -111,15 +193,22 @@ def wrong(*arguments: Any, **options: Any) -> Any:
     return lambda *inputs: torch.ones(1, 1, 96)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("compile", "name"), [(raising, "RuntimeError"), (wrong, "ValueError")])
 def test_a_model_that_cannot_be_compiled_or_not_rightly_is_decoded_eagerly_and_that_is_told(
-    compile: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    compile: Callable[..., Any],
+    name: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.setattr(compiled_runner.torch, "compile", compile)
-    model = make()
+    model = make(dtype=dtype)
     with caplog.at_level(logging.WARNING):
         runner = CompiledRunner(model, PagedCache(64, BLOCK_SIZE))
     assert runner.notes == [f"decodes eagerly: compiling it raised {name}"]
+    assert not any(vars(part.weight) for part in model.modules() if isinstance(part, PackedLinear))
+    assert runner.memory_bytes == weight_bytes(model) + runner.kv_bytes
     assert "could not be compiled" in caplog.text
     plain = PagedRunner(model, PagedCache(64, BLOCK_SIZE))
     assert greedy(runner, [(1, 2, 3)], 10)[0] == greedy(plain, [(1, 2, 3)], 10)[0]
