@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
-from LLM.engine import compiled_runner, fused_modules
+from LLM.engine import compiled_runner
 from LLM.engine.attention import PagedCache
 from LLM.engine.compiled_runner import CompiledRunner
 from LLM.engine.fuse import fuse
-from LLM.engine.fused_modules import FBGEMM, PackedLinear
+from LLM.engine.fused_modules import PackedLinear, has_fbgemm
 from LLM.engine.request import GenerationRequest
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page, weight_bytes
 from LLM.engine.sequence import Sequence, Slice
@@ -58,6 +59,9 @@ def greedy(runner: PagedRunner, prompts: list[tuple[int, ...]], tokens: int) -> 
             part.sequence.computed = part.stop
             part.sequence.token_ids.append(int(row.argmax()))
     return [s.completion_ids for s in sequences], steps
+
+
+Counted = Callable[[Callable[[], Any]], tuple[Any, int]]
 
 
 class Calls:
@@ -109,74 +113,66 @@ def test_models_beside_each_other_are_decoded_by_their_own_graphs():
         assert [greedy(runner, [(1, 2, 3)], 20)[0] for runner in compiled] == expected
 
 
-def has_fbgemm() -> bool:
-    return torch.backends.quantized.engine in FBGEMM and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 @pytest.fixture
-def rows_by_fbgemm(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of what FBGEMM multiplies while the test runs."""
-    if not has_fbgemm():
+def fbgemm() -> Counted:
+    """Gives what a call returns, and how many products FBGEMM made in it."""
+    if not (has_fbgemm() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         pytest.skip("this CPU or this torch has no FBGEMM or no bfloat16")
-    shapes: list[torch.Size] = []
-    product = fused_modules.ONE_ROW_PRODUCT
 
-    def noted(hidden: Tensor, weight: Any) -> Tensor:
-        shapes.append(hidden.shape)
-        result: Tensor = product(hidden, weight)
-        return result
+    def counted(call: Callable[[], Any]) -> tuple[Any, int]:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            result = call()
+        return result, sum(event.name == "_quantized::wrapped_fbgemm_linear_fp16_weight" for event in seen.events())
 
-    monkeypatch.setattr(fused_modules, "ONE_ROW_PRODUCT", noted)
-    return shapes
+    return counted
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_row_of_a_16_bit_model_is_multiplied_by_fbgemm(name: str, rows_by_fbgemm: list[torch.Size]):
-    model, other = make(name, torch.bfloat16), make(name, torch.bfloat16)
-    plain = PagedRunner(other, PagedCache(64, BLOCK_SIZE))
+def test_one_row_of_a_bfloat16_model_is_multiplied_by_fbgemm(name: str, fbgemm: Counted):
+    model = make(name, torch.bfloat16)
+    plain = PagedRunner(make(name, torch.bfloat16), PagedCache(64, BLOCK_SIZE))
     compiled = CompiledRunner(model, PagedCache(64, BLOCK_SIZE))
     assert compiled.notes == []
     # All but the embeddings and the norms, once more.
-    held = sum(part.weight.nbytes for part in model.modules() if isinstance(part, PackedLinear))
-    assert compiled.memory_bytes - compiled.kv_bytes == weight_bytes(model) + held
-    rows_by_fbgemm.clear()
-    _, steps = greedy(plain, [(5,)], 1)
-    assert not rows_by_fbgemm
-    _, found = greedy(compiled, [(5,)], 1)
-    torch.testing.assert_close(found, steps, atol=5e-2, rtol=5e-2)
-    products = sum(isinstance(part, PackedLinear) for part in model.modules())
-    assert [shape.numel() // shape[-1] for shape in rows_by_fbgemm] == [1] * products
-    rows_by_fbgemm.clear()
-    _, steps = greedy(plain, [(5, 6), (7,)], 1)
-    _, found = greedy(compiled, [(5, 6), (7,)], 1)
-    torch.testing.assert_close(found, steps, atol=5e-2, rtol=5e-2)
-    # Of two sequences only what comes of the output layer could be one row, and is not.
-    assert not rows_by_fbgemm
+    packed = [part for part in model.modules() if isinstance(part, PackedLinear)]
+    held = sum(part.weight.nbytes for part in packed)
+    assert compiled.memory_bytes - compiled.kv_bytes == pytest.approx(weight_bytes(model) + held, rel=0.01)
+    for prompts, products in ([(5,)], len(packed)), ([(5, 6), (7,)], 0), ([(5, 6)], 1):
+        (_, expected), none = fbgemm(lambda p=prompts: greedy(plain, p, 1))
+        (_, found), count = fbgemm(lambda p=prompts: greedy(compiled, p, 1))
+        torch.testing.assert_close(found, expected, atol=5e-2, rtol=5e-2)
+        # Of a prompt alone, only the last token reaches the output layer.
+        assert (none, count) == (0, products)
 
 
 @pytest.mark.parametrize("bias", [None, torch.linspace(-2, 2, 48).bfloat16()], ids=["plain", "bias"])
-def test_both_forms_of_a_weight_give_the_same(bias: Tensor | None, rows_by_fbgemm: list[torch.Size]):
+def test_both_forms_of_a_weight_give_the_same(bias: Tensor | None, fbgemm: Counted):
     torch.manual_seed(1)
     # Down to numbers that float16 holds as 0.
     weight = (torch.randn(48, 32) * torch.logspace(-9, 0, 32)).bfloat16()
     layer, hidden = PackedLinear(weight, bias), torch.randn(1, 1, 32).bfloat16()
     expected = layer(hidden)
     assert layer.pack_for_one_row() == weight.nbytes
-    torch.testing.assert_close(layer(hidden), expected, atol=1e-2, rtol=1e-2)
-    assert rows_by_fbgemm == [hidden.shape]
+    found, products = fbgemm(lambda: layer(hidden))
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    assert products == 1
     layer.forget_one_row()
-    assert torch.equal(layer(hidden), expected)
-    assert len(rows_by_fbgemm) == 1
+    found, products = fbgemm(lambda: layer(hidden))
+    assert torch.equal(found, expected)
+    assert products == 0
 
 
-def test_a_weight_that_float16_cannot_hold_or_that_holds_more_digits_stays_alone(rows_by_fbgemm: list[torch.Size]):
+def test_a_weight_that_float16_cannot_hold_or_that_holds_more_digits_stays_alone(
+    fbgemm: Counted,
+):
     large = torch.randn(48, 32).bfloat16()
     large[3, 4] = 1e5
     for weight in (large, torch.randn(48, 32)):
         layer, hidden = PackedLinear(weight, None), torch.randn(1, 1, 32).to(weight.dtype)
         assert layer.pack_for_one_row() == 0
-        torch.testing.assert_close(layer(hidden), hidden @ weight.T)
-    assert not rows_by_fbgemm
+        found, products = fbgemm(lambda layer=layer, hidden=hidden: layer(hidden))
+        torch.testing.assert_close(found, hidden @ weight.T)
+        assert products == 0
 
 
 def raising(*arguments: Any, **options: Any) -> Any:
@@ -207,7 +203,7 @@ def test_a_model_that_cannot_be_compiled_or_not_rightly_is_decoded_eagerly_and_t
     with caplog.at_level(logging.WARNING):
         runner = CompiledRunner(model, PagedCache(64, BLOCK_SIZE))
     assert runner.notes == [f"decodes eagerly: compiling it raised {name}"]
-    assert not any(vars(part.weight) for part in model.modules() if isinstance(part, PackedLinear))
+    assert not any(part._one_row for part in model.modules() if isinstance(part, PackedLinear))
     assert runner.memory_bytes == weight_bytes(model) + runner.kv_bytes
     assert "could not be compiled" in caplog.text
     plain = PagedRunner(model, PagedCache(64, BLOCK_SIZE))

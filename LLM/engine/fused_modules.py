@@ -15,9 +15,9 @@ from transformers import AttentionInterface
 ATTENTION_FUNCTIONS = AttentionInterface()
 # Up to so many numbers a norm's time is that of its operations.
 SMALL = 8192
-FBGEMM = ("x86", "fbgemm")  # torch's names of it
-ONE_ROW_PRODUCT = torch.ops.quantized.linear_dynamic_fp16.default
-ONE_ROW = "one_row"  # the attribute of a packed weight that holds its other form
+# What torch's own compiler calls for such products: unlike torch's other ways to FBGEMM it can stand in a graph, where a
+# call through Python takes as long as a small product.
+FBGEMM = torch.ops._quantized
 
 
 class RMSNorm(nn.Module):
@@ -142,9 +142,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
         self.bias = bias
+        # The weight as FBGEMM has it, and what it adds.
+        self._one_row: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Give [..., out] for `hidden` [..., in]."""
+        if self._one_row and hidden.numel() == hidden.shape[-1]:
+            product: Tensor = FBGEMM.wrapped_fbgemm_linear_fp16_weight(hidden.float(), *self._one_row, self.weight.shape[0])
+            return product.to(hidden.dtype)
         if torch.compiler.is_compiling():
             output: Tensor = torch.ops.wsserver.packed_linear(hidden, self.weight, self.bias)
             return output
@@ -156,27 +161,27 @@ class PackedLinear(nn.Module):
         A product with one row is reading the weight, and FBGEMM does it in two thirds of oneDNN's time; with more rows than
         a few, oneDNN is faster. FBGEMM computes in float32, and float16 holds all of a bfloat16's digits.
         """
-        if self.weight.dtype != torch.bfloat16 or torch.backends.quantized.engine not in FBGEMM:
+        if self.weight.dtype != torch.bfloat16 or not has_fbgemm():
             return 0
         weight = self.weight.to_dense()
         # Less than its smallest number is 0 to float16, which is nothing beside the others; more than its largest is not.
         if not weight.half().isfinite().all():
             return 0
-        bias = None if self.bias is None else self.bias.float()
-        # A compiled graph hands on the tensor and knows of nothing else.
-        vars(self.weight)[ONE_ROW] = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        bias = torch.zeros(weight.shape[0]) if self.bias is None else self.bias.float()
+        self._one_row = FBGEMM.wrapped_fbgemm_pack_gemm_matrix_fp16(weight.float()), bias
         return weight.nbytes
 
     def forget_one_row(self) -> None:
         """Keep the weight for oneDNN alone again."""
-        vars(self.weight).pop(ONE_ROW, None)
+        self._one_row = None
+
+
+def has_fbgemm() -> bool:
+    """Say whether this torch can multiply by FBGEMM."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm") and hasattr(FBGEMM, "wrapped_fbgemm_linear_fp16_weight")
 
 
 def _packed_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    one_row = vars(weight).get(ONE_ROW)
-    if one_row is not None and hidden.numel() == weight.shape[1]:
-        product: Tensor = ONE_ROW_PRODUCT(hidden.float(), one_row)
-        return product.to(hidden.dtype)
     output: Tensor = torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, "none", [], "")
     return output
 
