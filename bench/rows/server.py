@@ -5,6 +5,7 @@ import socket
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from statistics import mean
 
 from websockets.asyncio.client import connect
 
@@ -25,7 +26,10 @@ STALLED = 4  # generations on the stalled reader's connection
 
 
 async def overhead(plan: Plan) -> list[Row]:
-    """Measure our tokens per second against those of a loop that calls the runner directly."""
+    """Measure the mean time between two tokens of a stream, while all streams decode, against a loop that calls the runner.
+
+    How prompts and running streams share the steps before is the scheduler's choice, and shows in other rows.
+    """
     rows = []
     for streams in (1, 16):
         asked = requests(streams, [plan.pick(64, 12)], lengths=(16,))
@@ -34,12 +38,12 @@ async def overhead(plan: Plan) -> list[Row]:
             name: Variant(partial(SIDES[name], setting), closed(streams, asked), streams) for name in ("wsserver", "loop")
         }
         runs = await alternate(sides, plan.rounds)
-        rates = [runs.each(name, measure.tokens_per_second) for name in sides]
-        if not all(rates):
+        gaps = [runs.each(name, lambda traces: 1000 * mean(measure.steady_itls(traces))) for name in sides]
+        if not all(gaps):
             rows.append(Row(f"overhead.{streams}", note=runs.why_not(*sides)))
             continue
-        shares = [theirs / ours - 1 for ours, theirs in zip(*rates, strict=False)]
-        note = f"{rates[0][0]:.1f} and {rates[1][0]:.1f} tok/s"
+        shares = [ours / theirs - 1 for ours, theirs in zip(*gaps, strict=False)]
+        note = f"{measure.quantile(gaps[0], 0.5):.1f} and {measure.quantile(gaps[1], 0.5):.1f} ms from token to token"
         rows.append(single(f"overhead.{streams}", shares, note=note))
     return rows
 
