@@ -43,6 +43,15 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """How a model will be loaded, nothing left open, and what memory that takes of all that its device has, in bytes."""
+
+    options: LoadOptions
+    memory_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """What a load yields: a runner and a tokenizer, and the facts that requests are checked against."""
 
@@ -85,8 +94,21 @@ class BaseModelHandler:
     # Sampling where generation_config.json is silent.
     sampling: ClassVar[Mapping[str, float]] = {}
 
+    def plan(self, folder: Path, options: LoadOptions) -> Plan:
+        """Say what a load from `folder` would come to, without loading; runs on a thread, and reads files.
+
+        A model without a folder is loaded by the options as they are, and takes no memory worth counting.
+
+        Raises:
+            Refused: `load_failed` or `unsupported`, with what to do.
+        """
+        if self.model_ids:
+            return Plan(options, 0, 0)
+        plan: Plan = importlib.import_module("LLM.placement").plan(folder, options)
+        return plan
+
     def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
-        """Load the model from `folder`; runs on the engine's thread and takes its time.
+        """Load the model from `folder`, by the options of a plan; runs on the engine's thread and takes its time.
 
         Raises:
             Refused: `load_failed` or `unsupported`, with what to do.

@@ -5,7 +5,6 @@ Only local files, only safetensors, never code that came with a model.
 
 import gc
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
 from LLM.errors import Refused
+from LLM.placement import CPU_KV_MEMORY, DTYPES, cores, plan
 
 try:
     from LLM.engine.graph_runner import GraphRunner
@@ -34,9 +34,7 @@ except ModuleNotFoundError:  # Triton is not to be had on every platform
 
 log = logging.getLogger(__name__)
 
-CPU_KV_MEMORY = 1 << 30  # bytes, where the operator did not say
 GPU_KV_SHARE = 0.9  # of what the weights left free
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
@@ -46,28 +44,23 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
         Refused: `unsupported` for options this machine cannot serve, `load_failed` for a folder that cannot be loaded.
     """
     transformers_logging.disable_progress_bar()
-    device = _device(options.device)
-    if device.type == "cpu":
+    progress("config", 0.0)
+    options = plan(folder, options).options
+    if options.device == "cpu":
         # One core stays free for the event loop: decoding on all of them makes every frame late.
-        torch.set_num_threads(options.threads or max(1, _cores() - 1))
+        torch.set_num_threads(options.threads or max(1, cores() - 1))
     try:
-        return _load(folder, options, device, progress)
+        return _load(folder, options, progress)
     except (OSError, ValueError, KeyError, SafetensorError, torch.OutOfMemoryError) as error:
         reason = type(error).__name__
         message = f"the model's folder cannot be loaded ({reason}); its operator finds the details in the server's log"
         raise Refused("load_failed", message) from error
 
 
-def _cores() -> int:
-    # Those this process may use, where that is known: a container often has a few of many.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Progress) -> LoadedModel:
-    progress("config", 0.0)
+def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
+    device, torch_dtype = torch.device(options.device), DTYPES[options.dtype]
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    torch_dtype = _dtype(options.dtype, device, config)
     model = _model(folder, config, torch_dtype, progress).to(device).eval()
     progress("warmup", 0.0)
     # What only a GPU can prove is for those who ask for it.
@@ -84,8 +77,8 @@ def _load(folder: Path, options: LoadOptions, device: torch.device, progress: Pr
         tokenizer=tokenizer.backend_tokenizer,
         context_length=min(positions, runner.block_count * runner.block_size),
         vocabulary_size=config.get_text_config().vocab_size,
-        dtype=str(torch_dtype).removeprefix("torch."),
-        device=str(device),
+        dtype=options.dtype,
+        device=options.device,
         chat_template=_chat_template(tokenizer),
         end_token_ids=_end_token_ids(model.generation_config, tokenizer),
         generation_config=model.generation_config.to_dict(),
@@ -145,28 +138,6 @@ def _plain(model: Any, note: str) -> Runner:
     return runner
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise Refused("unsupported", f'this server has {count} CUDA devices, not {device}; take "auto"', "device")
-    return device
-
-
-def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
-    if name != "auto":
-        return DTYPES[name]
-    own: torch.dtype | None = config.dtype
-    if device.type != "cpu":
-        return own or torch.float32
-    # Without instructions for 16-bit numbers float32 prefills 2.5 times faster than bfloat16, with them half as fast.
-    return torch.bfloat16 if own == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
 def _positions(config: Any) -> int:
     """Give how many positions a model knows.
 
@@ -183,8 +154,6 @@ def _positions(config: Any) -> int:
 def _weights(folder: Path, dtype: torch.dtype, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every tensor of the folder's safetensors files, converting the floating-point ones; progress is by bytes."""
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise Refused("load_failed", "the model's folder holds no safetensors file; convert its weights to safetensors")
     sizes = [file.stat().st_size for file in files]
     total = sum(sizes)
     for index, file in enumerate(files):

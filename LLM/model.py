@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -12,11 +12,11 @@ from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOpt
 from LLM.engine.request import GenerationRequest
 from LLM.engine.step import Runner
 from LLM.engine.thread import GenerationEngine
-from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 
 log = logging.getLogger(__name__)
 
+FAILED = "the model failed to load; the server's operator finds the details in its log"
 PROGRESS_INTERVAL = 0.2  # seconds between two reports of one stage's progress
 
 
@@ -63,12 +63,20 @@ class Model:
         spec: ModelSpec,
         handler: BaseModelHandler,
         folder: Path,
-        settings: EngineSettings,
+        engine: GenerationEngine,
+        planned_bytes: int,
         on_failed_load: "Callable[[Model], None]",
+        after: "Collection[asyncio.Task[None]]" = (),
     ) -> None:
         self.spec = spec
-        self.engine = GenerationEngine(settings)
+        self.engine = engine
+        # Who uses it, so that it stays; since when nobody does; and what will unload it then.
+        self.users = 0
+        self.left_at: float | None = None
+        self.expiry: asyncio.TimerHandle | None = None
         self._handler = handler
+        self._planned_bytes = planned_bytes
+        self._after = after
         self._folder = folder
         self._loaded: LoadedModel | None = None
         self._stage, self._progress = "config", 0.0
@@ -77,6 +85,21 @@ class Model:
         self._on_failed_load = on_failed_load
         self._load = asyncio.create_task(self._load_on_engine())
         self._load.add_done_callback(self._load_ended)
+
+    @property
+    def name(self) -> str:
+        """The model's id."""
+        return self.spec.model
+
+    @property
+    def device(self) -> str:
+        """Where it runs or will run."""
+        return self._loaded.device if self._loaded else self.spec.options.device
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes there, as far as that is known."""
+        return self._loaded.runner.memory_bytes if self._loaded else self._planned_bytes
 
     @property
     def failed(self) -> bool:
@@ -121,7 +144,7 @@ class Model:
             "context_length": loaded.context_length if loaded else 0,
             "dtype": loaded.dtype if loaded else self.spec.options.dtype,
             "quantization": self.spec.options.quantization,
-            "device": loaded.device if loaded else self.spec.options.device,
+            "device": self.device,
         }
 
     def status(self) -> dict[str, object]:
@@ -139,9 +162,10 @@ class Model:
         }
 
     async def close(self) -> None:
-        """End the load, or the engine with everything in it."""
+        """End the load, or the engine with everything in it; nothing of the model is held any more."""
         self._load.cancel()
         await self.engine.close()
+        self._loaded = None
 
     async def _load_on_engine(self) -> None:
         loop = asyncio.get_running_loop()
@@ -156,6 +180,8 @@ class Model:
                 told = stage, time.monotonic()
                 loop.call_soon_threadsafe(self._tell_progress, stage, done)
 
+        if self._after:
+            await asyncio.wait(self._after)
         began = time.monotonic()
         try:
             self._loaded = await self.engine.start(lambda: self._handler.load(self._folder, self.spec.options, progress))
@@ -169,8 +195,7 @@ class Model:
             raise
         except BaseException as error:  # a panic in Rust code, of the tokenizer or of safetensors, is no Exception
             log.exception("loading %s failed", self.spec.model)
-            message = "the model failed to load; the server's operator finds the details in its log"
-            raise Refused("load_failed", message) from error
+            raise Refused("load_failed", FAILED) from error
         loaded, took = self._loaded, time.monotonic() - began
         log.info("loaded %s as %s on %s in %.1f s", self.spec.model, loaded.dtype, loaded.device, took)
 

@@ -5,19 +5,35 @@ A client's string is only ever looked up in the listing made at start: it never 
 
 import asyncio
 import importlib
+import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from LLM._base_model_handler import BaseModelHandler, LoadOptions
+from LLM._base_model_handler import BaseModelHandler, LoadOptions, Plan
+from LLM.engine.thread import GenerationEngine, Turns
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
-from LLM.model import Abandoned, Model, ModelSpec, Waiter
+from LLM.model import FAILED, Abandoned, Model, ModelSpec, Waiter
+from LLM.room import leaving
+
+log = logging.getLogger(__name__)
 
 MODELS_ROOT = Path(__file__).parent
-# Each has a thread and its weights, and one model loaded in two ways is two: what clients may ask for must have an end.
-MAX_MODELS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How long models stay loaded: what all on a device may take, in bytes, and the seconds that one nobody uses stays.
+
+    None is 90 % of the device's memory, and as long as nothing else needs the room.
+    """
+
+    memory: int | None = None
+    keep_alive: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +47,23 @@ class Listed:
 class ModelService:
     """The models of this server."""
 
-    def __init__(self, default: str, options: LoadOptions, settings: EngineSettings, root: Path = MODELS_ROOT) -> None:
+    def __init__(
+        self,
+        default: str,
+        options: LoadOptions,
+        settings: EngineSettings,
+        root: Path = MODELS_ROOT,
+        keeping: Keeping = Keeping(),
+    ) -> None:
         self.listing = list_models(root)
         self._options = options
         self._settings = settings
+        self._keeping = keeping
         self._models: dict[ModelSpec, Model] = {}
+        # What those who ask mean by their words, "auto" for one; known as long as the model is there.
+        self._plans: dict[ModelSpec, Plan] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._turns = Turns()
         self._default = default
         self.resolve()
 
@@ -66,40 +94,110 @@ class ModelService:
         )
         return ModelSpec(name, options)
 
-    async def get(self, spec: ModelSpec, waiter: Waiter) -> Model:
-        """Give the loaded model, after loading it if need be; those who want the same share one load.
+    @asynccontextmanager
+    async def use(self, spec: ModelSpec, waiter: Waiter) -> AsyncIterator[Model]:
+        """Give the loaded model, after loading it if need be, and keep it loaded while the context lasts.
+
+        Those who want the same model share one load. Models that nobody uses make room for it.
 
         Raises:
-            Refused: why the load failed.
+            Refused: why it cannot be loaded.
         """
         while True:
-            model = self._models.get(spec)
-            if model is None or model.failed:
-                if len(self._models) >= MAX_MODELS and model is None:
-                    message = f"{MAX_MODELS} models are loaded already, which is all this server holds; use one of them"
-                    raise Refused("overloaded", message)
-                listed = self.listing[spec.model]
-                model = Model(spec, listed.handler(), listed.folder, self._settings, self._forget)
-                self._models[spec] = model
-            try:
-                await model.wait(waiter)
-            except Abandoned:
-                continue  # it ended for those who had left, not for this one
-            else:
-                return model
+            model = await self._find(spec)
+            with self._using(model):
+                try:
+                    await model.wait(waiter)
+                except Abandoned:
+                    continue  # it ended for those who had left, not for this one
+                yield model
+                return
+
+    async def get(self, spec: ModelSpec, waiter: Waiter) -> Model:
+        """Give the loaded model like `use`, but keep it no longer than others need it or have no need of its room."""
+        async with self.use(spec, waiter) as model:
+            return model
 
     def status(self) -> list[dict[str, object]]:
         """Give the status entries of all models that are loaded or being loaded, or whose engine died."""
         return [model.status() for model in self._models.values()]
 
-    def _forget(self, model: Model) -> None:
-        # A load that failed is no model; what clients may name must not fill the server's memory.
-        if self._models.get(model.spec) is model:
-            del self._models[model.spec]
-
     async def close(self) -> None:
         """End every load and every engine."""
-        await asyncio.gather(*(model.close() for model in self._models.values()))
+        for model in list(self._models.values()):
+            self._unload(model)
+        if self._leaving:
+            await asyncio.wait(self._leaving)
+
+    async def _find(self, spec: ModelSpec) -> Model:
+        """Give the model that is loaded or being loaded; begin to load it if it is neither."""
+        plan = self._plans.get(spec) or await self._plan(spec)
+        meant = ModelSpec(spec.model, plan.options)
+        model = self._models.get(meant)
+        if model and model.failed:
+            self._unload(model)
+        elif model:
+            self._plans[spec] = plan
+            return model
+        for idle in leaving(plan, self._models.values(), self._keeping.memory):
+            log.info("unloading %s, to make room for %s", idle.name, spec.model)
+            self._unload(idle)
+        listed, engine = self.listing[spec.model], GenerationEngine(self._settings, self._turns)
+        # What leaves now is counted as gone already: it has to be, before the load begins.
+        after = tuple(self._leaving)
+        model = Model(meant, listed.handler(), listed.folder, engine, plan.memory_bytes, self._forget, after)
+        self._models[meant], self._plans[spec] = model, plan
+        return model
+
+    async def _plan(self, spec: ModelSpec) -> Plan:
+        listed = self.listing[spec.model]
+        try:
+            # In a thread: it reads files, and the first one imports torch.
+            return await asyncio.to_thread(listed.handler().plan, listed.folder, spec.options)
+        except Refused as error:
+            log.error("cannot load %s: %s", spec.model, error.message, exc_info=error.__cause__)
+            raise
+        except Exception as error:
+            log.exception("the folder of %s cannot be read", spec.model)
+            raise Refused("load_failed", FAILED) from error
+
+    @contextmanager
+    def _using(self, model: Model) -> Iterator[None]:
+        model.users += 1
+        model.left_at = None
+        if model.expiry:
+            model.expiry.cancel()
+        try:
+            yield
+        finally:
+            model.users -= 1
+            if not model.users:
+                self._left(model)
+
+    def _left(self, model: Model) -> None:
+        model.left_at = time.monotonic()
+        if self._keeping.keep_alive is not None and self._models.get(model.spec) is model:
+            model.expiry = asyncio.get_running_loop().call_later(self._keeping.keep_alive, self._expire, model)
+
+    def _expire(self, model: Model) -> None:
+        log.info("unloading %s: nobody has used it for %g s", model.name, self._keeping.keep_alive)
+        self._unload(model)
+
+    def _unload(self, model: Model) -> None:
+        self._forget(model)
+        task = asyncio.create_task(model.close())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def _forget(self, model: Model) -> None:
+        # A load that failed is no model either; what clients may name must not fill the server's memory.
+        if self._models.get(model.spec) is not model:
+            return
+        del self._models[model.spec]
+        if model.expiry:
+            model.expiry.cancel()
+        meant = (model.spec.model, model.spec.options)
+        self._plans = {asked: plan for asked, plan in self._plans.items() if (asked.model, plan.options) != meant}
 
 
 def list_models(root: Path) -> Mapping[str, Listed]:

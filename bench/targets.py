@@ -58,6 +58,7 @@ TARGETS = {
     "stalled_reader": _less("p99 token gap beside a stalled reader: beside one that reads", "ms", 1.1, 1.02),
     "mixed_sampling": Target("16 requests with every sampling parameter: 16 greedy ones", "tok/s", 0.85),
     "long_prompt": _less("worst gap of a stream while a long prompt is prefilled: its median gap", "ms", 5.0),
+    "load_beside": _less("worst gap of a stream while another model is loaded: its median gap", "ms", None),
     "chat": _less("ten-turn chat, tokens prefilled: its final length", "tokens", 1.1),
     "llama_3b.1": Target("Llama-3.2-3B, one stream: share of the floor", "share", 0.75, 0.85),
     "llama_3b.16": Target("Llama-3.2-3B, 16 streams: share of the floor", "share", 0.70, 0.78),

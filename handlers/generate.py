@@ -1,6 +1,7 @@
 """`generate`: from a message to a generation request, and from its parts to frames."""
 
 import time
+from contextlib import AsyncExitStack
 from dataclasses import fields
 from functools import partial
 
@@ -37,25 +38,27 @@ async def _serve(
     message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, read_at: float, id: str
 ) -> None:
     try:
-        model, request = await until_stopped(connection, id, _prepare(message, connection, models, spec, id))
+        # Used from here to the end of the stream, so that it is not unloaded before the stream is open.
+        async with AsyncExitStack() as use:
+            prepare = _prepare(message, connection, models, spec, id, use)
+            model, request = await until_stopped(connection, id, prepare)
+            await _stream(message, connection, model, request, _Answer(id, spec.model, read_at))
     except Stopped:
         # Whatever this says, the session makes it the done of a stop.
         connection.send(connection.session.failure(id, "cancelled", "stopped before it began", _ms_since(read_at)))
     except Refused as refused:
         connection.send(connection.session.failure(id, refused.reason, in_words(refused), _ms_since(read_at)))
-    else:
-        await _stream(message, connection, model, request, _Answer(id, spec.model, read_at))
 
 
 async def _prepare(
-    message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, id: str
+    message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, id: str, use: AsyncExitStack
 ) -> tuple[Model, engine.GenerationRequest]:
     """Wait for the model and make the prompt's tokens."""
 
     def on_position(position: int) -> None:
         connection.send(Queued(id=id, position=position))
 
-    model = await models.get(spec, Waiter(on_position=on_position))
+    model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     return model, await model.request((connection.session.id, id), prompt, _options(message))
 

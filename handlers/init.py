@@ -1,10 +1,11 @@
 """`init`: choose this connection's model, and load it where needed."""
 
+from contextlib import AsyncExitStack
 from functools import partial
 
 from handlers.waiting import Stopped, chosen_model, in_words, until_stopped
 from LLM.errors import Refused
-from LLM.model import ModelSpec, Waiter
+from LLM.model import Model, ModelSpec, Waiter
 from LLM.model_service import ModelService
 from wsserver import __version__, protocol
 from wsserver.connection import Connection
@@ -22,21 +23,23 @@ async def _load(connection: Connection, models: ModelService, spec: ModelSpec, i
         connection.send(Loading(id=id, model=spec.model, stage=stage, progress=round(progress, 3)))
 
     try:
-        model = await until_stopped(connection, id, models.get(spec, Waiter(on_progress)))
+        async with AsyncExitStack() as use:
+            in_use = use.enter_async_context(models.use(spec, Waiter(on_progress)))
+            connection.send(_ready(id, connection, await until_stopped(connection, id, in_use)))
     except Stopped:
         connection.send(connection.session.failure(id, "cancelled", "the load was cancelled"))
     except Refused as refused:
         connection.send(connection.session.failure(id, refused.reason, in_words(refused)))
-    else:
-        session = connection.session
-        limits = Limits(max_message_bytes=protocol.MAX_MESSAGE_BYTES, max_active=session.server.max_active)
-        connection.send(
-            Ready(
-                id=id,
-                protocol=protocol.VERSION,
-                server=__version__,
-                session=session.id,
-                model=ModelInfo(**model.describe()),
-                limits=limits,
-            )
-        )
+
+
+def _ready(id: str, connection: Connection, model: Model) -> Ready:
+    session = connection.session
+    limits = Limits(max_message_bytes=protocol.MAX_MESSAGE_BYTES, max_active=session.server.max_active)
+    return Ready(
+        id=id,
+        protocol=protocol.VERSION,
+        server=__version__,
+        session=session.id,
+        model=ModelInfo(**model.describe()),
+        limits=limits,
+    )

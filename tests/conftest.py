@@ -13,7 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from handlers import dispatcher
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
-from LLM.model_service import MODELS_ROOT, ModelService
+from LLM.model_service import MODELS_ROOT, Keeping, ModelService
 from tests.checker import Checker
 from wsserver.config import Config
 from wsserver.server import Server
@@ -106,7 +106,8 @@ async def running(
         decode=config.decode,
         sequences=config.max_active,
     )
-    models = ModelService(model, options, EngineSettings(config.max_active, config.prefill_stretch), root)
+    engines, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
+    models = ModelService(model, options, engines, root, keeping)
     try:
         async with Server(config, dispatcher(models)) as server:
             yield Running(server, models)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from LLM._base_model_handler import LoadedModel, LoadOptions, Progress
+from LLM._base_model_handler import LoadedModel, LoadOptions, Plan, Progress
 from LLM.engine.request import Sampled
 from LLM.engine.sequence import Slice
 from LLM.model import Waiter
@@ -77,6 +77,10 @@ class ScriptedModel(ModelHandler):
         self.freed: list[Hashable] = []
         # What the next load or prompt raises; what a step raises or says instead, by its number, the first being 1.
         self.load_errors: list[BaseException] = []
+        self.plan_errors: list[BaseException] = []
+        # What a plan says: the device's memory, and what "auto" means.
+        self.device_bytes = 0
+        self.settles = {"auto": "auto"}
         self.encode_errors: list[BaseException] = []
         self.step_errors: dict[int, BaseException] = {}
         self.step_results: dict[int, list[Sampled | None]] = {}
@@ -91,6 +95,12 @@ class ScriptedModel(ModelHandler):
             gate.open()
 
     # The drop-in.
+
+    def plan(self, folder: Path, options: LoadOptions) -> Plan:
+        if self.plan_errors:
+            raise self.plan_errors.pop(0)
+        settled = replace(options, dtype=self.settles.get(options.dtype, options.dtype), device="cpu")
+        return Plan(settled, self.memory_bytes, self.device_bytes or 100 * self.memory_bytes)
 
     def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
         self.loads += 1

@@ -13,7 +13,10 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
     "max_active": ("3", 3),
+    "memory": ("20GB", 20 * 10**9),
     "kv_memory": ("1.5GiB", 3 << 29),
+    "keep_alive": ("600", 600.0),
+    "preload": ("wsserver/echo, a/b", ("wsserver/echo", "a/b")),
     "prefill_stretch": ("1.5", 1.5),
     "threads": ("2", 2),
     "decode": ("graph", "graph"),
@@ -31,6 +34,9 @@ BAD = [
     ("device", ""),
     ("dtype", "float8"),
     ("dtype", "FLOAT32"),
+    ("memory", "half"),
+    ("keep_alive", "-1"),
+    ("keep_alive", "forever"),
     ("kv_memory", "1"),
     ("kv_memory", "0GB"),
     ("kv_memory", "2 GiB"),
@@ -62,7 +68,7 @@ def variable(name: str) -> str:
 
 
 def written(default: object) -> str:
-    return "auto" if default is None else str(default)
+    return {None: "auto", (): "none"}.get(default, str(default))  # type: ignore[call-overload, no-any-return]
 
 
 def refused(arguments: Sequence[str], environment: Mapping[str, str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -86,7 +92,10 @@ def test_without_arguments_the_defaults_are_served() -> None:
         device="auto",
         dtype="auto",
         max_active=8,
+        memory=None,
         kv_memory=None,
+        keep_alive=None,
+        preload=(),
         prefill_stretch=3.0,
         threads=None,
         decode="eager",
@@ -97,7 +106,7 @@ def test_without_arguments_the_defaults_are_served() -> None:
     assert parse(["serve"], {"WSSERVER_UNKNOWN": "x", "PORT": "1", "HOST": "h"}) == ("serve", expected)
 
 
-@pytest.mark.parametrize("name", ["kv_memory", "threads"])
+@pytest.mark.parametrize("name", ["memory", "kv_memory", "keep_alive", "threads"])
 def test_auto_may_be_said(name: str) -> None:
     assert getattr(parse([flag(name), "auto"], {variable(name): "1"})[1], name) is None
 

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import orjson
@@ -19,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from LLM.errors import Refused
 from LLM.model_service import ModelService
-from tests.conftest import ECHO, Client
+from tests.conftest import ECHO, Client, eventually
 from tests.scripted import ScriptedModel, closing_code, put
 from wsserver import __main__ as main_module
 from wsserver import protocol
@@ -248,6 +249,9 @@ async def test_help_names_every_option_and_the_environment(tmp_path: Path):
 # While the default model loads.
 
 
+MORE = "test/more"
+
+
 class Serving:
     """`serve` in this process, with a scripted default model; its load stands until it is let on."""
 
@@ -255,12 +259,16 @@ class Serving:
         self.model = ScriptedModel()
         self.model.load_gate.shut()
         self.servers: list[Server] = []
+        self.more: ScriptedModel | None = None
+        self.models: ModelService | None = None
         serving = self
 
         class Models(ModelService):
-            def __init__(self, *args: object) -> None:
-                super().__init__(*args)  # type: ignore[arg-type]
+            def __init__(self, *args: object, **more: object) -> None:
+                super().__init__(*args, **more)  # type: ignore[arg-type]
                 put(self, ECHO, serving.model)
+                serving.more = put(self, MORE)
+                serving.models = self
 
         class Watched(Server):
             def __init__(self, *args: object) -> None:
@@ -270,8 +278,8 @@ class Serving:
         monkeypatch.setattr(main_module, "ModelService", Models)
         monkeypatch.setattr(main_module, "Server", Watched)
 
-    async def start(self, drain_timeout: float = 60) -> "asyncio.Task[None]":
-        config = Config(port=0, model=ECHO, drain_timeout=drain_timeout)
+    async def start(self, drain_timeout: float = 60, **settings: Any) -> "asyncio.Task[None]":
+        config = Config(port=0, model=ECHO, drain_timeout=drain_timeout, **settings)
         task = asyncio.create_task(main_module.serve(config))
         await self.model.in_load_stage(1)
         return task
@@ -311,3 +319,28 @@ async def test_a_first_load_that_fails_ends_the_server(loading: Serving, capsys:
     with pytest.raises(Refused, match="the folder is empty"):
         await served
     assert capsys.readouterr().out == ""
+
+
+async def test_models_to_preload_are_loaded_with_the_default_one(loading: Serving, capsys: pytest.CaptureFixture[str]):
+    # Named twice, it is loaded once.
+    served = await loading.start(preload=(MORE, ECHO))
+    loading.model.open()
+    assert loading.models
+    assert loading.more
+    await eventually(lambda: "serving" in capsys.readouterr().out)
+    assert [entry["id"] for entry in loading.models.status()] == [ECHO, MORE]
+    assert (loading.model.loads, loading.more.loads) == (1, 1)
+    signal.raise_signal(signal.SIGTERM)
+    await served
+
+
+async def test_models_to_preload_that_do_not_fit_together_end_the_server(loading: Serving):
+    served = await loading.start(preload=(MORE,), memory=ScriptedModel.memory_bytes)
+    loading.model.open()
+    with pytest.raises(Refused, match=f"in use: {ECHO};"):
+        await served
+
+
+async def test_a_model_to_preload_that_is_not_there_ends_the_server(loading: Serving):
+    with pytest.raises(Refused, match="no such model"):
+        await main_module.serve(Config(port=0, model=ECHO, preload=("nobody/knows",)))

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 
 import orjson
@@ -14,8 +14,8 @@ from handlers import dispatcher
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
-from LLM.model import Waiter
-from LLM.model_service import ModelService
+from LLM.model import Description, ModelSpec, Waiter
+from LLM.model_service import Keeping, ModelService
 from wsserver import protocol
 from wsserver.config import Config, parse
 from wsserver.server import Server
@@ -63,23 +63,31 @@ async def serve(config: Config) -> None:
         decode=config.decode,
         sequences=config.max_active,
     )
-    models = ModelService(config.model, options, EngineSettings(config.max_active, config.prefill_stretch))
+    settings, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
+    models = ModelService(config.model, options, settings, keeping=keeping)
+    asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
         server = await closing.enter_async_context(Server(config, dispatcher(models)))
         stopping = _stop_on_signal()
-        # Clients may come while the default model loads: they wait for it in line, and can cancel.
-        load = asyncio.create_task(models.get(models.resolve(), Waiter()))
+        # Clients may come while models load: they wait in line for them, and can cancel.
+        load = asyncio.create_task(_load(models, asked))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait([load, stopped], return_when=asyncio.FIRST_COMPLETED)
         if load.done():
-            about = load.result().describe()
-            _say(f"serving {about['id']} ({about['dtype']} on {about['device']}) at {_url(config.host, server.port)}")
+            shown = ", ".join(f"{about['id']} ({about['dtype']} on {about['device']})" for about in load.result())
+            _say(f"serving {shown} at {_url(config.host, server.port)}")
             _say(_how_to_try(config.host, server.port))
             await stopped
         load.cancel()
         _say("stopping: running generations may finish")
         await server.drain()
+
+
+async def _load(models: ModelService, asked: Iterable[ModelSpec]) -> list[Description]:
+    """Load models one after the other, so that none is unloaded for the next; those that do not fit together are refused."""
+    async with AsyncExitStack() as use:
+        return [(await use.enter_async_context(models.use(spec, Waiter()))).describe() for spec in asked]
 
 
 def _stop_on_signal() -> asyncio.Event:

@@ -28,7 +28,10 @@ class Config:
     device: str = "auto"
     dtype: str = "auto"
     max_active: int = 8
+    memory: int | None = None
     kv_memory: int | None = None
+    keep_alive: float | None = None
+    preload: tuple[str, ...] = ()
     prefill_stretch: float = 3.0
     threads: int | None = None
     decode: str = "eager"
@@ -64,7 +67,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         key = name.replace("-", "_")
         # argparse runs a string default through `type`, so a bad value in the environment is refused like a bad option.
         default = environment.get(f"WSSERVER_{key.upper()}", defaults[key])
-        shown = "auto" if defaults[key] is None else defaults[key]
+        shown = "auto" if defaults[key] is None else "none" if defaults[key] == () else defaults[key]
         parser.add_argument(f"--{name}", default=default, help=f"{help} (default: {shown})", **details)
 
     option("host", "address to listen on", metavar="ADDRESS")
@@ -84,10 +87,28 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     option("max-active", "generations that run at once on a model; more wait in line", type=_positive, metavar="N")
     option(
+        "memory",
+        "memory that the models on a device may take together, like 20GB; auto is 90 %% of what it has",
+        type=_size,
+        metavar="SIZE",
+    )
+    option(
         "kv-memory",
         "memory of a model's KV cache, like 512MiB or 20GB; auto is 1GiB on a CPU, 90 %% of what is free on a GPU",
         type=_size,
         metavar="SIZE",
+    )
+    option(
+        "keep-alive",
+        "seconds that a model stays loaded which nobody uses; auto is until another one needs its room",
+        type=_keep_alive,
+        metavar="S",
+    )
+    option(
+        "preload",
+        "models to load at the start beside the default one, with commas between them",
+        type=_names,
+        metavar="MODELS",
     )
     option(
         "prefill-stretch",
@@ -132,6 +153,14 @@ def _size(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; use auto, or a number with MB, GB, MiB or GiB, like 2GiB")
     base = 1024 if "i" in found[2] else 1000
     return int(float(found[1]) * base ** "BKMGT".index(found[2][0]))
+
+
+def _keep_alive(text: str) -> float | None:
+    return None if text == "auto" else _seconds(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _stretch(text: str) -> float:

@@ -7,6 +7,7 @@ an inbox, and so do a cancel, an abandoned stream and the end of the engine; eve
 import asyncio
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -41,19 +42,51 @@ class Servable(Protocol):
         """Makes text of its ids."""
         ...
 
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        ...
+
 
 S = TypeVar("S", bound=Servable)
 
 
+class Turns:
+    """What the engines of models on one device enter for each step, one at a time, in the order in which they came.
+
+    With a plain lock the one who leaves could come again before those who wait have noticed.
+    """
+
+    def __init__(self) -> None:
+        self._line: deque[threading.Lock] = deque()  # the first one's is open
+        self._guard = threading.Lock()
+
+    def __enter__(self) -> None:
+        mine = threading.Lock()
+        mine.acquire()
+        with self._guard:
+            self._line.append(mine)
+            if len(self._line) == 1:
+                mine.release()
+        mine.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        with self._guard:
+            self._line.popleft()
+            if self._line:
+                self._line[0].release()
+
+
 class GenerationEngine:
-    """One model on one executor thread.
+    """One model on one executor thread; several on a CPU take `turns`, since their steps would all use all of its threads.
 
     Every opened stream ends in exactly one Finished, also when the model raises or the thread dies. All methods are to be
     called on the event loop's thread.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, turns: Turns | None = None) -> None:
         self.capacity = settings.capacity
+        self._turns = turns
         self._settings = settings
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._inbox: Inbox = queue.SimpleQueue()
@@ -74,7 +107,8 @@ class GenerationEngine:
         def post(parts: Parts) -> None:
             loop.call_soon_threadsafe(self._deliver, parts)
 
-        worker = Worker(model.runner, model.tokenizer, self._settings, self._inbox, post)
+        turn = self._turns if model.device == "cpu" else None
+        worker = Worker(model.runner, model.tokenizer, self._settings, self._inbox, post, turn)
         self._run = loop.run_in_executor(self._executor, worker.run)
         self._run.add_done_callback(self._ended)
         self.dead = False

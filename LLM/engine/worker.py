@@ -7,6 +7,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
@@ -69,6 +70,7 @@ class Worker:
         settings: EngineSettings,
         inbox: Inbox,
         post: Callable[[Parts], None],
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         self._runner = runner
         self._ahead = runner if isinstance(runner, RunsAhead) else None
@@ -80,23 +82,32 @@ class Worker:
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
         self._post = post
+        self._turn = turn or nullcontext()
         self._parts: Parts = []
         self._flight: Flight | None = None
         self._landed_at = 0.0
 
     def run(self) -> None:
         """Serve the inbox; returns once every request has its end."""
-        while not self._read_inbox():
-            for key in self._scheduler.expired(time.monotonic()):
-                self._finish(key, "timeout")
-            if self._flight and any(part.sequence.needs_its_tokens for part in self._flight.batch):
-                self._land()
-            batch = self._scheduler.next_batch()
-            self._announce(batch)
-            self._step(batch)
+        while not self._read_inbox(wait=self._scheduler.idle):
+            with self._turn:
+                # What came while another model had its turn counts for this step.
+                if self._read_inbox(wait=False):
+                    break
+                self._next_step()
         for key in [*self._scheduler.waiting, *self._scheduler.running]:
             self._finish(key, "shutdown")
         self._hand_over()
+
+    def _next_step(self) -> None:
+        """Make the next step, of whatever there is to do."""
+        for key in self._scheduler.expired(time.monotonic()):
+            self._finish(key, "timeout")
+        if self._flight and any(part.sequence.needs_its_tokens for part in self._flight.batch):
+            self._land()
+        batch = self._scheduler.next_batch()
+        self._announce(batch)
+        self._step(batch)
 
     def _step(self, batch: list[Slice]) -> None:
         """Launch a step, and read the results of the one before; where nothing runs ahead, its own."""
@@ -213,9 +224,9 @@ class Worker:
         self._parts += [(self._answers[key].stream, Queued(position)) for key, position in self._scheduler.moved()]
         self._hand_over()
 
-    def _read_inbox(self) -> bool:
-        """Take every message there is, waiting for one only when there is nothing else to do; true if it is to end."""
-        closed, wait = False, self._scheduler.idle
+    def _read_inbox(self, wait: bool) -> bool:
+        """Take every message there is, if need be after waiting for one; true if it is to end."""
+        closed = False
         while wait or not self._inbox.empty():
             wait = False
             message = self._inbox.get()

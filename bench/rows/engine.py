@@ -1,18 +1,22 @@
 """Rows about our engine: sampling of every kind, long prompts beside streams, chats that grow."""
 
 import asyncio
+from collections.abc import Coroutine
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from bench import measure
 from bench.load import Request, prompts, requests
 from bench.measure import Trace
 from bench.runs import Measurement, Plan, Variant, alternate, closed
 from bench.sides import SIDES
+from bench.sides.process import SideFailed
 from bench.sides.side import Side
 from bench.sides.websocket import Client, WebSocketSide
 from bench.table import Row, compared
+
+T = TypeVar("T")
 
 CLIENTS = 16
 # Every parameter of protocol.md, in mixtures that differ from request to request.
@@ -56,6 +60,16 @@ async def long_prompt(plan: Plan) -> list[Row]:
     return [compared("long_prompt", worst, medians, note=note)]
 
 
+async def load_beside(plan: Plan) -> list[Row]:
+    """Measure the worst gap of a running stream while another model is loaded, over the median before."""
+    side = partial(SIDES["wsserver"], plan.setting(streams=2))
+    runs = await alternate({"wsserver": Variant(side, _beside_load)}, plan.rounds)
+    if not (found := runs.found.get("wsserver")):
+        return [Row("load_beside", note=runs.why_not("wsserver"))]
+    worst, medians = [1000 * gap for gap, _, _ in found], [1000 * median for _, median, _ in found]
+    return [compared("load_beside", worst, medians, note=f"a load of {found[0][2]:.1f} s")]
+
+
 async def chat(plan: Plan) -> list[Row]:
     """Count the tokens that a conversation of ten turns prefills, over its length in the end."""
     side = partial(SIDES["wsserver"], plan.setting())
@@ -74,27 +88,52 @@ def _mixture(index: int) -> dict[str, Any]:
 
 async def _beside_long_prompt(words: int, side: Side) -> tuple[float, float, Trace]:
     """Give the stream's worst gap while the prompt is prefilled, its median gap before, and what the prompt's client saw."""
+    long = Request(prompts(1, lengths=(words,), seed=4)[0], 1)
+    return await _beside(side, side.stream(long))
+
+
+async def _beside_load(side: Side) -> tuple[float, float, float]:
+    """Give the stream's worst gap while the model is loaded once more, its median gap before, and the load's seconds."""
+    assert isinstance(side, WebSocketSide)
+    client = await Client.connect(side.url)
+    return await _beside(side, _load(client))
+
+
+async def _load(client: Client) -> float:
+    """Load the model in another precision; give the seconds that took."""
+    began = await client.send(type="init", id="load", dtype="bfloat16")
+    async for now, frame in client.frames():
+        if frame["type"] == "ready":
+            return now - began
+        if frame["type"] == "error":
+            break
+    raise SideFailed(f"the load failed: {frame['message']}")
+
+
+async def _beside(side: Side, work: Coroutine[Any, Any, T]) -> tuple[float, float, T]:
+    """Give a stream's worst gap while `work` is done, its median gap before, and what the work gives."""
     assert isinstance(side, WebSocketSide)
     stream = await Client.connect(side.url)
     await stream.generate(Request(prompts(1, lengths=(16,), seed=3)[0], 4000))
-    long = Request(prompts(1, lengths=(words,), seed=4)[0], 1)
     arrivals: list[float] = []
-    prompt: asyncio.Task[Trace] | None = None
+    began = ended = 0.0
+    doing: asyncio.Task[T] | None = None
     async for now, frame in stream.frames():
         if frame["type"] != "token":
             continue
         arrivals.append(now)
-        if prompt is None and len(arrivals) == 32:
-            prompt = asyncio.create_task(side.stream(long))
-        if prompt and prompt.done() and arrivals[-2] > prompt.result().ended:
+        if doing is None and len(arrivals) == 32:
+            began, doing = now, asyncio.create_task(work)
+        if doing and doing.done() and not ended:
+            ended = now
+        if ended and arrivals[-2] > ended:
             await stream.send(type="cancel", id="g")
             break
-    assert prompt is not None
-    trace = await prompt
+    assert doing is not None
     gaps = list(pairwise(arrivals))
-    before = [b - a for a, b in gaps if b <= trace.sent]
-    during = [b - a for a, b in gaps if b > trace.sent and a < trace.ended]
-    return max(during), measure.quantile(before, 0.5), trace
+    before = [b - a for a, b in gaps if b <= began]
+    during = [b - a for a, b in gaps if b > began and a < ended]
+    return max(during), measure.quantile(before, 0.5), await doing
 
 
 async def _converse(max_tokens: int, side: Side) -> list[Trace]:
@@ -112,4 +151,9 @@ async def _converse(max_tokens: int, side: Side) -> list[Trace]:
     return turns
 
 
-ROWS: dict[str, Measurement] = {"mixed_sampling": mixed_sampling, "long_prompt": long_prompt, "chat": chat}
+ROWS: dict[str, Measurement] = {
+    "mixed_sampling": mixed_sampling,
+    "long_prompt": long_prompt,
+    "load_beside": load_beside,
+    "chat": chat,
+}

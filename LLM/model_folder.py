@@ -1,0 +1,152 @@
+"""What a model folder holds, read without loading it: its configuration, its weights' files, their sizes and types.
+
+Every reason to refuse a folder that can be seen from outside is here. Knows neither torch nor transformers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+from LLM.errors import Refused
+
+# Bytes of an element, by safetensors' names: https://huggingface.co/docs/safetensors/index#format.
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+# Of a linear layer's weights; those of 4 bits share a scale of 4 bytes among 64.
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64}
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HEADER_SIZE = Struct("<Q")
+LARGEST_HEADER = 100_000_000  # safetensors' own bound
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: its element's type by safetensors' name, and how many elements it has."""
+
+    name: str
+    element: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer's weight, which a quantisation makes smaller; embeddings and the output stay."""
+        return len(self.shape) == 2 and "embed" not in self.name and "lm_head" not in self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder in the usual Hugging Face layout, with weights as safetensors."""
+
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def family(self) -> str:
+        """The architecture's short name."""
+        return str(self.config["model_type"])
+
+    @property
+    def dtype(self) -> str | None:
+        """The precision that the makers chose, by torch's name, if the configuration tells."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            if own := config.get("dtype") or config.get("torch_dtype"):
+                return str(own)
+        return None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(tensor.count for tensor in self.tensors if tensor.element in FLOATS)
+
+    @property
+    def file_bytes(self) -> int:
+        """What the weights take on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def tied(self) -> int:
+        """How many numbers the embedding table has that is the output layer too; 0 if they are two."""
+        if any("lm_head" in tensor.name for tensor in self.tensors):
+            return 0
+        return sum(tensor.count for tensor in self.tensors if "embed_tokens" in tensor.name)
+
+    def memory(self, dtype: str, quantization: str = "none") -> int:
+        """Give the bytes that the weights take at a precision; what is not quantised then has 16 bits."""
+        if quantization == "none":
+            return int(self.parameters * DTYPE_BYTES[dtype])
+        linear = sum(tensor.count for tensor in self.tensors if tensor.is_linear)
+        return int(linear * QUANTIZED_BYTES[quantization] + (self.parameters - linear) * 2)
+
+
+def read(folder: Path) -> ModelFolder:
+    """Read what there is to know of a folder.
+
+    Raises:
+        Refused: `load_failed`, with what is wrong and what to do, in words fit for any client.
+    """
+    config = _config(folder)
+    files = _files(folder)
+    return ModelFolder(config, files, tuple(tensor for file in files for tensor in _tensors(file)))
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refused("its config.json cannot be read; copy it anew") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise _refused("its config.json names no model_type; take the one that came with the weights")
+    return config
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        if any(next(folder.glob(pattern), None) for pattern in PICKLED):
+            raise _refused("its weights are pickled, and loading those could run any code; convert them to safetensors")
+        raise _refused("it holds no safetensors file; copy the model's weights into it")
+    if missing := _named_by_index(folder) - {file.name for file in files}:
+        raise _refused(f"{len(missing)} of the weights' files are missing; copy them all")
+    return tuple(files)
+
+
+def _named_by_index(folder: Path) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return set()
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refused("the index of its weights cannot be read; copy it anew") from error
+
+
+def _tensors(file: Path) -> Iterator[StoredTensor]:
+    try:
+        with file.open("rb") as opened:
+            (size,) = HEADER_SIZE.unpack(opened.read(HEADER_SIZE.size))
+            header = json.loads(opened.read(min(size, LARGEST_HEADER)))
+        header.pop("__metadata__", None)
+        ends = [HEADER_SIZE.size + size + tensor["data_offsets"][1] for tensor in header.values()]
+        tensors = [StoredTensor(name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()]
+    except Exception as error:  # whatever a damaged header makes of it
+        raise _refused("one of the weights' files is damaged; copy it anew") from error
+    if file.stat().st_size < max(ends, default=0):
+        raise _refused("one of the weights' files ends too early; copy it anew")
+    yield from tensors
+
+
+def _refused(why: str) -> Refused:
+    return Refused("load_failed", f"the model's folder cannot be loaded: {why}")

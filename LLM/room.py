@@ -1,0 +1,82 @@
+"""Which models have to leave so that another one fits: the memory budget of a device. Pure: it unloads nothing."""
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+from LLM._base_model_handler import Plan
+from LLM.errors import Refused
+
+# Each has a thread, and one model loaded in two ways is two: what clients may ask for must have an end.
+MOST_MODELS = 8
+SHARE = 0.9  # of a device's memory, where the operator did not say
+GIB = 1 << 30
+
+
+class Resident(Protocol):
+    """A model that is loaded or being loaded."""
+
+    @property
+    def name(self) -> str:
+        """Its id."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it is."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes there."""
+        ...
+
+    @property
+    def left_at(self) -> float | None:
+        """When its last user left it, by any clock; None while somebody uses it."""
+        ...
+
+
+R = TypeVar("R", bound=Resident)
+
+
+def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
+    """Give those who must leave before what is planned fits, the least recently used first; nobody in use is among them.
+
+    `memory` is what all models of a device may take, in bytes; None is 90 % of what the device has.
+
+    Raises:
+        Refused: `load_failed` if it would not fit even alone, `overloaded` if those in use are in the way.
+    """
+    device, need = plan.options.device, plan.memory_bytes
+    budget = int(plan.device_bytes * SHARE) if memory is None else memory
+    if need > budget:
+        raise Refused(
+            "load_failed",
+            f"the model takes {_in_words(need)} with its KV cache, and models may take {_in_words(budget)} on {device}; "
+            "choose a smaller dtype or quantization, or let the operator raise --memory or lower --kv-memory",
+        )
+    residents = list(residents)
+    free = budget - sum(r.memory_bytes for r in residents if r.device == device)
+    places = MOST_MODELS - len(residents)
+    found: list[R] = []
+    for resident in sorted((r for r in residents if r.left_at is not None), key=_left_at):
+        # One elsewhere gives its place, but no memory.
+        if (free < need and resident.device == device) or places < 1:
+            found.append(resident)
+            free += resident.memory_bytes if resident.device == device else 0
+            places += 1
+    if free < need or places < 1:
+        users = ", ".join(sorted({r.name for r in residents if r.left_at is None}))
+        raise Refused(
+            "overloaded",
+            f"there is no room for the model while these are in use: {users}; use one of them, or try again later",
+        )
+    return found
+
+
+def _left_at(resident: Resident) -> float:
+    return resident.left_at or 0.0
+
+
+def _in_words(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.1f} MiB"

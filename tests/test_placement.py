@@ -1,0 +1,62 @@
+"""How a model will be loaded, settled before it is: nothing is left open, and what it takes is told beforehand."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from LLM import placement
+from LLM._base_model_handler import LoadOptions
+from LLM.errors import Refused
+from LLM.loader import load
+from LLM.placement import CPU_KV_MEMORY, memory_of, plan
+
+CPU = LoadOptions(device="cpu")
+
+
+def silent(stage: str, progress: float) -> None:
+    """Nobody wants to know."""
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_nothing_is_left_open(default_model_folder: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settled = plan(default_model_folder, LoadOptions()).options
+    assert settled == LoadOptions("bfloat16" if has_bfloat16 else "float32", "cpu")
+    assert plan(default_model_folder, settled).options == settled
+
+
+@pytest.mark.parametrize(("dtype", "decode"), [("float32", "eager"), ("bfloat16", "eager"), ("bfloat16", "compiled")])
+def test_what_a_load_takes_is_told_within_a_tenth(default_model_folder: Path, dtype: str, decode: str):
+    threads = torch.get_num_threads()
+    options = replace(CPU, dtype=dtype, decode=decode, kv_memory=64 << 20)
+    loaded = load(default_model_folder, options, silent)
+    torch.set_num_threads(threads)
+    assert loaded.runner.notes == []
+    assert plan(default_model_folder, options).memory_bytes == pytest.approx(loaded.runner.memory_bytes, rel=0.1)
+
+
+def test_the_kv_cache_counts(default_model_folder: Path):
+    default, small = (plan(default_model_folder, replace(CPU, kv_memory=size)).memory_bytes for size in (None, 0))
+    assert default - small == CPU_KV_MEMORY
+
+
+def test_a_device_that_is_not_there_is_refused(default_model_folder: Path):
+    with pytest.raises(Refused) as refused:
+        plan(default_model_folder, LoadOptions(device="cuda:99"))
+    assert (refused.value.reason, refused.value.field) == ("unsupported", "device")
+
+
+def test_a_container_has_the_memory_that_it_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(placement, "CGROUP_LIMITS", ())
+    whole = memory_of(torch.device("cpu"))
+    assert whole > 1 << 28
+    limits = [tmp_path / name for name in ("no limit", "absent", "limit")]
+    limits[0].write_text("max\n")
+    limits[2].write_text(f"{1 << 27}\n")
+    monkeypatch.setattr(placement, "CGROUP_LIMITS", [str(path) for path in limits[:2]])
+    assert memory_of(torch.device("cpu")) == whole
+    monkeypatch.setattr(placement, "CGROUP_LIMITS", [str(path) for path in limits])
+    assert memory_of(torch.device("cpu")) == 1 << 27
