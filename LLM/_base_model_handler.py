@@ -65,6 +65,8 @@ class LoadedModel:
     chat_template: Callable[[Sequence[ChatMessage]], str] | None = None
     end_token_ids: frozenset[int] = frozenset()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    # Whether a step uses all threads of the CPU: those of several models at once would take many times as long.
+    takes_turns: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
         chat_template=_chat_template(tokenizer),
         end_token_ids=_end_token_ids(model.generation_config, tokenizer),
         generation_config=model.generation_config.to_dict(),
+        takes_turns=device.type == "cpu",
     )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from LLM._base_model_handler import BaseModelHandler, LoadOptions, Plan
@@ -60,8 +61,9 @@ class ModelService:
         self._settings = settings
         self._keeping = keeping
         self._models: dict[ModelSpec, Model] = {}
-        # What those who ask mean by their words, "auto" for one; known as long as the model is there.
-        self._plans: dict[ModelSpec, Plan] = {}
+        # What those who ask mean by their words, "auto" for one; known as long as the model is there. All who ask for the
+        # same wait for the same, and so keep their order.
+        self._plans: dict[ModelSpec, asyncio.Task[Plan]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._turns = Turns()
         self._default = default
@@ -131,22 +133,30 @@ class ModelService:
 
     async def _find(self, spec: ModelSpec) -> Model:
         """Give the model that is loaded or being loaded; begin to load it if it is neither."""
-        plan = self._plans.get(spec) or await self._plan(spec)
-        meant = ModelSpec(spec.model, plan.options)
-        model = self._models.get(meant)
-        if model and model.failed:
-            self._unload(model)
-        elif model:
-            self._plans[spec] = plan
+        if spec not in self._plans:
+            self._plans[spec] = asyncio.create_task(self._plan(spec))
+            self._plans[spec].add_done_callback(partial(self._planned, spec))
+        plan = await asyncio.shield(self._plans[spec])
+        try:
+            return self._model(ModelSpec(spec.model, plan.options), plan)
+        except Refused:
+            self._plans.pop(spec, None)
+            raise
+
+    def _model(self, spec: ModelSpec, plan: Plan) -> Model:
+        model = self._models.get(spec)
+        if model and not model.failed:
             return model
+        if model:
+            self._unload(model)
         for idle in leaving(plan, self._models.values(), self._keeping.memory):
             log.info("unloading %s, to make room for %s", idle.name, spec.model)
             self._unload(idle)
         listed, engine = self.listing[spec.model], GenerationEngine(self._settings, self._turns)
         # What leaves now is counted as gone already: it has to be, before the load begins.
         after = tuple(self._leaving)
-        model = Model(meant, listed.handler(), listed.folder, engine, plan.memory_bytes, self._forget, after)
-        self._models[meant], self._plans[spec] = model, plan
+        model = Model(spec, listed.handler(), listed.folder, engine, plan.memory_bytes, self._forget, after)
+        self._models[spec] = model
         return model
 
     async def _plan(self, spec: ModelSpec) -> Plan:
@@ -160,6 +170,10 @@ class ModelService:
         except Exception as error:
             log.exception("the folder of %s cannot be read", spec.model)
             raise Refused("load_failed", FAILED) from error
+
+    def _planned(self, spec: ModelSpec, plan: "asyncio.Task[Plan]") -> None:
+        if _failed(plan):
+            self._plans.pop(spec, None)
 
     @contextmanager
     def _using(self, model: Model) -> Iterator[None]:
@@ -196,8 +210,13 @@ class ModelService:
         del self._models[model.spec]
         if model.expiry:
             model.expiry.cancel()
-        meant = (model.spec.model, model.spec.options)
-        self._plans = {asked: plan for asked, plan in self._plans.items() if (asked.model, plan.options) != meant}
+        for asked, plan in list(self._plans.items()):
+            if plan.done() and not _failed(plan) and ModelSpec(asked.model, plan.result().options) == model.spec:
+                del self._plans[asked]
+
+
+def _failed(plan: "asyncio.Task[Plan]") -> bool:
+    return plan.cancelled() or plan.exception() is not None
 
 
 def list_models(root: Path) -> Mapping[str, Listed]:

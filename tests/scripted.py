@@ -68,6 +68,7 @@ class ScriptedModel(ModelHandler):
 
     def __init__(self, context_length: int = 65536) -> None:
         self.step_gate = Gate(0)
+        self.plan_gate = Gate(math.inf)
         self.load_gate = Gate(math.inf)
         self.encode_gates: dict[str, Gate] = {}  # of some prompts
         self.loads = 0
@@ -91,12 +92,13 @@ class ScriptedModel(ModelHandler):
 
     def open(self) -> None:
         """Let everything run."""
-        for gate in (self.step_gate, self.load_gate, *self.encode_gates.values()):
+        for gate in (self.step_gate, self.plan_gate, self.load_gate, *self.encode_gates.values()):
             gate.open()
 
     # The drop-in.
 
     def plan(self, folder: Path, options: LoadOptions) -> Plan:
+        self.plan_gate.enter()
         if self.plan_errors:
             raise self.plan_errors.pop(0)
         settled = replace(options, dtype=self.settles.get(options.dtype, options.dtype), device="cpu")

@@ -123,7 +123,7 @@ async def test_progress_is_told_to_all_who_wait_and_positions_to_those_in_line(
         ask(service, Waiter(on_progress=lambda stage, _: stages.append(stage))),
         *(ask(service, Waiter(on_position=lambda at, name=name: positions.append((name, at)))) for name in "ab"),
     ]
-    await model.in_load_stage(1)
+    await eventually(lambda: len(positions) == 2)
     assert positions == [("a", 1), ("b", 2)]
     tasks[1].cancel()
     await asyncio.wait([tasks[1]])
@@ -387,6 +387,23 @@ async def test_a_folder_that_cannot_be_planned_with_is_refused_and_tried_again(
         assert "disk" not in refused.value.message
         assert "a/a" in caplog.text
         assert there(service) == []
+        await load(service, "a/a")
+
+
+async def test_who_leaves_while_a_plan_is_made_leaves_no_word_of_its_failure_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving("a/a") as (service, (model,)):
+        model.plan_gate.shut()
+        model.plan_errors.append(Refused("load_failed", "the first time only"))
+        asking = asyncio.create_task(load(service, "a/a"))
+        await eventually(lambda: bool(service._plans))
+        asking.cancel()
+        await asyncio.wait([asking])
+        model.plan_gate.open()
+        await eventually(lambda: not service._plans)
+        gc.collect()
+        assert "never retrieved" not in caplog.text
         await load(service, "a/a")
 
 

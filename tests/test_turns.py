@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +26,19 @@ class Counted(Turns):
         return len(self._line) - 1
 
 
-class Elsewhere(ScriptedModel):
-    """A scripted model on another device."""
+class Computing(ScriptedModel):
+    """A scripted model that says that it uses the CPU."""
 
     def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
-        return replace(super().load(folder, options, progress), device="cuda:0")
+        return replace(super().load(folder, options, progress), takes_turns=True)
 
 
 @contextlib.asynccontextmanager
-async def two(second: ScriptedModel) -> AsyncIterator[tuple[Counted, ScriptedModel, Model, Model]]:
+async def two(second: ScriptedModel, patience: float = 60.0) -> AsyncIterator[tuple[Counted, ScriptedModel, Model, Model]]:
     """Give two loaded models, the first of which stands in a step of its own; its script comes before them."""
     service = ModelService(ECHO, LoadOptions(), EngineSettings(2))
-    turns = service._turns = Counted()
-    first = put(service, "a/a")
+    turns = service._turns = Counted(patience)
+    first = put(service, "a/a", Computing())
     put(service, "b/b", second)
     try:
         models = [await service.get(service.resolve(name), Waiter()) for name in ("a/a", "b/b")]
@@ -61,7 +62,7 @@ async def generate(model: Model, prompt: str) -> str:
 
 
 async def test_models_on_one_cpu_take_turns() -> None:
-    async with two(ScriptedModel()) as (turns, first, _, model):
+    async with two(Computing()) as (turns, first, _, model):
         second = model._handler
         assert isinstance(second, ScriptedModel)
         second.open()
@@ -76,7 +77,7 @@ async def test_models_on_one_cpu_take_turns() -> None:
 
 
 async def test_a_cancel_counts_that_comes_while_another_model_has_its_turn() -> None:
-    async with two(ScriptedModel()) as (turns, first, _, model):
+    async with two(Computing()) as (turns, first, _, model):
         second = model._handler
         assert isinstance(second, ScriptedModel)
         second.open()
@@ -89,7 +90,7 @@ async def test_a_cancel_counts_that_comes_while_another_model_has_its_turn() -> 
 
 
 async def test_an_engine_that_waits_for_its_turn_can_be_closed() -> None:
-    async with two(ScriptedModel()) as (turns, first, _, model):
+    async with two(Computing()) as (turns, first, _, model):
         other = asyncio.create_task(generate(model, "hi"))
         await eventually(lambda: turns.waiting == 1)
         closing = asyncio.create_task(model.engine.close())
@@ -99,19 +100,51 @@ async def test_an_engine_that_waits_for_its_turn_can_be_closed() -> None:
         assert await other == "shutdown"
 
 
-async def test_a_model_on_another_device_waits_for_nobody() -> None:
-    async with two(Elsewhere()) as (turns, _, _, model):
+async def test_a_model_that_needs_no_cpu_waits_for_nobody() -> None:
+    async with two(ScriptedModel()) as (turns, _, _, model):
         second = model._handler
         assert isinstance(second, ScriptedModel)
         second.open()
         assert await asyncio.wait_for(generate(model, "hi"), 30) == "stop"
-        assert turns.waiting == 0
+        assert turns.waiting == 0, "the first has its turn, and nobody waits"
 
 
 @pytest.mark.parametrize("entered", [1, 3])
 async def test_a_turn_ends_when_a_step_raises(entered: int) -> None:
-    async with two(ScriptedModel()) as (_, first, model, _):
+    async with two(Computing()) as (_, first, model, _):
         first.step_errors[1] = RuntimeError("the model's fault")
         first.open()
         for _ in range(entered):
             assert await asyncio.wait_for(generate(model, "again"), 30) == "stop"
+
+
+async def test_a_step_that_hangs_is_waited_for_once() -> None:
+    async with two(Computing(), patience=0.05) as (turns, first, hangs, model):
+        second = model._handler
+        assert isinstance(second, ScriptedModel)
+        second.open()
+        assert await asyncio.wait_for(generate(model, "as if nothing were"), 30) == "stop"
+        await eventually(lambda: turns.waiting == -1)
+        assert len(first.steps) == 1
+        # It takes turns again when it comes back.
+        first.open()
+        assert await asyncio.wait_for(generate(hangs, "back"), 30) == "stop"
+        await eventually(lambda: turns.waiting == -1)
+
+
+def test_turns_go_to_whoever_came_first() -> None:
+    turns, order, came = Counted(), list[int](), []
+    with turns.take():
+        for number in range(5):
+
+            def work(number: int = number) -> None:
+                with turns.take():
+                    order.append(number)
+
+            came.append(threading.Thread(target=work))
+            came[-1].start()
+            while turns.waiting <= number:
+                pass
+    for thread in came:
+        thread.join()
+    assert order == [0, 1, 2, 3, 4]

@@ -10,8 +10,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
@@ -43,8 +44,8 @@ class Servable(Protocol):
         ...
 
     @property
-    def device(self) -> str:
-        """Where it runs."""
+    def takes_turns(self) -> bool:
+        """Whether its steps use what those of other models use too."""
         ...
 
 
@@ -52,33 +53,50 @@ S = TypeVar("S", bound=Servable)
 
 
 class Turns:
-    """What the engines of models on one device enter for each step, one at a time, in the order in which they came.
+    """What the engines of models on one CPU take for each step, one at a time, in the order in which they came.
 
-    With a plain lock the one who leaves could come again before those who wait have noticed.
+    A plain lock could go again to the one who leaves it, before those who wait have noticed. And a step that hangs harms
+    nobody else: whoever has had a turn for longer than `patience` seconds is no longer waited for.
     """
 
-    def __init__(self) -> None:
-        self._line: deque[threading.Lock] = deque()  # the first one's is open
+    def __init__(self, patience: float = 5.0) -> None:
+        self._patience = patience
         self._guard = threading.Lock()
+        self._line: deque[threading.Lock] = deque()  # the lock of the first one is open
+        self._since = 0.0  # when the first one's turn began
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Wait for a turn, and have it while the context lasts."""
         mine = threading.Lock()
         mine.acquire()
         with self._guard:
             self._line.append(mine)
             if len(self._line) == 1:
-                mine.release()
-        mine.acquire()
+                self._begin()
+        while not mine.acquire(timeout=self._patience):
+            with self._guard:
+                if self._line[0] is not mine and time.monotonic() - self._since >= self._patience:
+                    self._pass_on()
+        try:
+            yield
+        finally:
+            with self._guard:
+                if self._line and self._line[0] is mine:  # or it took too long, and another one has its turn
+                    self._pass_on()
 
-    def __exit__(self, *error: object) -> None:
-        with self._guard:
-            self._line.popleft()
-            if self._line:
-                self._line[0].release()
+    def _pass_on(self) -> None:
+        self._line.popleft()
+        if self._line:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._since = time.monotonic()
+        self._line[0].release()
 
 
 class GenerationEngine:
-    """One model on one executor thread; several on a CPU take `turns`, since their steps would all use all of its threads.
+    """One model on one executor thread; several that use one CPU take `turns`.
 
     Every opened stream ends in exactly one Finished, also when the model raises or the thread dies. All methods are to be
     called on the event loop's thread.
@@ -107,7 +125,7 @@ class GenerationEngine:
         def post(parts: Parts) -> None:
             loop.call_soon_threadsafe(self._deliver, parts)
 
-        turn = self._turns if model.device == "cpu" else None
+        turn = self._turns.take if self._turns and model.takes_turns else nullcontext
         worker = Worker(model.runner, model.tokenizer, self._settings, self._inbox, post, turn)
         self._run = loop.run_in_executor(self._executor, worker.run)
         self._run.add_done_callback(self._ended)

@@ -70,7 +70,7 @@ class Worker:
         settings: EngineSettings,
         inbox: Inbox,
         post: Callable[[Parts], None],
-        turn: AbstractContextManager[object] | None = None,
+        turn: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._runner = runner
         self._ahead = runner if isinstance(runner, RunsAhead) else None
@@ -82,7 +82,7 @@ class Worker:
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
         self._post = post
-        self._turn = turn or nullcontext()
+        self._turn = turn
         self._parts: Parts = []
         self._flight: Flight | None = None
         self._landed_at = 0.0
@@ -90,7 +90,7 @@ class Worker:
     def run(self) -> None:
         """Serve the inbox; returns once every request has its end."""
         while not self._read_inbox(wait=self._scheduler.idle):
-            with self._turn:
+            with self._turn():
                 # What came while another model had its turn counts for this step.
                 if self._read_inbox(wait=False):
                     break
