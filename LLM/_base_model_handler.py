@@ -5,7 +5,7 @@ A drop-in subclasses this and states its facts. Importing it costs nothing: torc
 
 import importlib
 import secrets
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from LLM.engine.request import GenerationRequest, Sampling
 from LLM.engine.step import Runner
 from LLM.errors import Refused
+from LLM.plain_text import Piece, PlainText
 
 
 class ChatMessage(TypedDict):
@@ -67,6 +68,11 @@ class LoadedModel:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     # Whether a step uses all threads of the CPU: those of several models at once would take many times as long.
     takes_turns: bool = False
+    # What clients wrote becomes tokens here; made once, since it can take a moment.
+    plain_text: PlainText = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain_text", PlainText(self.tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,8 @@ class BaseModelHandler:
     model_ids: ClassVar[tuple[str, ...]] = ()
     # Sampling where generation_config.json is silent.
     sampling: ClassVar[Mapping[str, float]] = {}
+    # Control tokens that end an answer, beside those that the folder names.
+    end_tokens: ClassVar[tuple[str, ...]] = ()
 
     def plan(self, folder: Path, options: LoadOptions) -> Plan:
         """Say what a load from `folder` would come to, without loading; runs on a thread, and reads files.
@@ -123,16 +131,37 @@ class BaseModelHandler:
         """Rewrite a conversation for a family whose template cannot say it; the default changes nothing."""
         return messages
 
+    def pieces(self, messages: Sequence[ChatMessage]) -> Iterable[Piece] | None:
+        """Write a conversation as its makers' own package does; None leaves it to the folder's chat template.
+
+        Raises:
+            Refused: `bad_message` for a conversation that the makers' format cannot express.
+        """
+        return None
+
     def encode_chat(self, model: LoadedModel, messages: Sequence[ChatMessage]) -> list[int]:
-        """Give the token ids of a conversation, up to where the answer begins."""
+        """Give the token ids of a conversation, up to where the answer begins.
+
+        The text of a control token in a message is plain text, and never becomes that token.
+        """
+        plain_text, messages = model.plain_text, self.preprocess(messages)
+        if (pieces := self.pieces(messages)) is not None:
+            return plain_text.encode(pieces)
         if model.chat_template is None:
-            raise Refused("unsupported", "this model has no chat template; send prompt instead", "messages")
-        text = model.chat_template(self.preprocess(messages))
-        return encode(model.tokenizer, text, add_special_tokens=False)
+            why = "this model's folder has no chat template; send prompt instead, or have its operator write a drop-in"
+            raise Refused("unsupported", why, "messages")
+        hidden: list[str] = []
+        safe = [ChatMessage(role=m["role"], content=plain_text.hide(m["content"], hidden)) for m in messages]
+        return plain_text.encode_prompt(model.chat_template(safe), hidden)
 
     def encode_prompt(self, model: LoadedModel, prompt: str) -> list[int]:
-        """Give the token ids of raw text, with the special tokens that every text of this model begins with."""
-        return encode(model.tokenizer, prompt)
+        """Give the token ids of raw text, with the special tokens that every text of this model begins with.
+
+        A raw prompt is in the client's own format: the text of a control token is that token, and a text that begins with
+        those tokens already does not get them twice.
+        """
+        begin, ids = encode(model.tokenizer, ""), encode(model.tokenizer, prompt)
+        return ids[len(begin) :] if begin and ids[: 2 * len(begin)] == begin * 2 else ids
 
     def request(
         self, model: LoadedModel, key: Hashable, prompt_ids: Sequence[int], options: GenerationOptions
@@ -159,7 +188,7 @@ class BaseModelHandler:
             raise Refused("bad_message", "is more than max_tokens or the context allow", "min_tokens")
         _check_ids("stop_token_ids", options.stop_token_ids, model)
         _check_ids("logit_bias", options.sampling.get("logit_bias", ()), model)
-        end_token_ids = frozenset() if options.ignore_eos else model.end_token_ids
+        end_token_ids = frozenset() if options.ignore_eos else self._end_token_ids(model)
         return GenerationRequest(
             key=key,
             prompt_ids=tuple(prompt_ids),
@@ -170,6 +199,10 @@ class BaseModelHandler:
             min_tokens=options.min_tokens,
             logprobs=options.logprobs,
         )
+
+    def _end_token_ids(self, model: LoadedModel) -> frozenset[int]:
+        stated = (model.tokenizer.token_to_id(text) for text in self.end_tokens)
+        return model.end_token_ids.union(i for i in stated if i is not None)
 
     def _sampling(self, model: LoadedModel, options: GenerationOptions) -> Sampling:
         configured = {k: v for k in SAMPLING_DEFAULTS if (v := model.generation_config.get(k)) is not None}

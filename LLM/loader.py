@@ -178,8 +178,11 @@ def _chat_template(tokenizer: Any) -> Callable[[Sequence[ChatMessage]], str] | N
             text: str = tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
             )
-        except (TemplateError, ValueError) as error:
+        except TemplateError as error:
             why = f"the model's chat template refuses this conversation: {error}"
+            raise Refused("bad_message", why, "messages") from error
+        except ValueError as error:
+            why = "the model's chat template changes the last message, which is to be continued; end with a user's"
             raise Refused("bad_message", why, "messages") from error
         return text
 

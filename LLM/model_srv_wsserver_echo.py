@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions, Progress, encode
+from LLM._base_model_handler import BaseModelHandler, ChatMessage, LoadedModel, LoadOptions, Progress
 from LLM.engine.request import Alternative, Sampled
 from LLM.engine.sequence import Slice
 
@@ -57,4 +57,4 @@ class ModelHandler(BaseModelHandler):
 
     def encode_chat(self, model: LoadedModel, messages: Sequence[ChatMessage]) -> list[int]:
         """Give the last message's bytes."""
-        return encode(model.tokenizer, messages[-1]["content"])
+        return model.plain_text.encode([messages[-1]["content"]])

@@ -170,8 +170,34 @@ def test_a_prompt_begins_as_every_text_of_the_model_does(model: LoadedModel):
     assert model.tokenizer.decode(ids, skip_special_tokens=False) == "<|end|>Why?"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [("<|end|>Why?", "<|end|>Why?"), ("<|end|><|end|>Why?", "<|end|><|end|>Why?"), ("<|end|>", "<|end|>"), ("", "<|end|>")],
+)
+def test_a_prompt_that_begins_so_already_does_not_do_it_twice(model: LoadedModel, prompt: str, read: str):
+    model.tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", END)])
+    ids = BaseModelHandler().encode_prompt(model, prompt)
+    assert model.tokenizer.decode(ids, skip_special_tokens=False) == read
+
+
+def test_a_control_token_in_a_message_is_text_and_in_a_prompt_is_itself(model: LoadedModel):
+    said = "a<|end|>b"
+    chat = BaseModelHandler().encode_chat(model, [ChatMessage(role="user", content=said)])
+    assert END not in chat
+    assert model.tokenizer.decode(chat) == f"<user>{said}"
+    assert BaseModelHandler().encode_prompt(model, said).count(END) == 1
+
+
+@pytest.mark.parametrize(("ignore_eos", "ends"), [(False, {END, 65}), (True, set())])
+def test_a_drop_in_may_state_more_end_tokens(model: LoadedModel, ignore_eos: bool, ends: set[int]):
+    class Ends(BaseModelHandler):
+        end_tokens = (str(model.tokenizer.id_to_token(65)), "<|unheard of|>")
+
+    assert request(model, handler=Ends(), ignore_eos=ignore_eos).end_token_ids == ends
+
+
 def test_a_model_without_chat_template_does_not_support_messages(model: LoadedModel):
-    with pytest.raises(Refused, match="send prompt") as refused:
+    with pytest.raises(Refused, match="send prompt instead, or have its operator write a drop-in") as refused:
         BaseModelHandler().encode_chat(replace(model, chat_template=None), CONVERSATION)
     assert (refused.value.reason, refused.value.field) == ("unsupported", "messages")
 

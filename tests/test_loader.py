@@ -554,6 +554,14 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_message(folder: Path,
     assert_fit_for_any_client(refused.value, folder)
 
 
+def test_a_final_message_that_the_template_does_not_write_cannot_be_continued(folder: Path):
+    holding("chat_template.jinja", "{{ messages[0]['content'] }}")(folder)
+    with pytest.raises(Refused, match="end with a user's") as refused:
+        text_of(load(folder, CPU, silent), ("user", "Why?"), ("assistant", "Because"))
+    assert (refused.value.reason, refused.value.field) == ("bad_message", "messages")
+    assert_fit_for_any_client(refused.value, folder)
+
+
 def test_the_templates_own_words_reach_the_client(folder: Path):
     holding("chat_template.jinja", "{{ raise_exception('roles must alternate') }}")(folder)
     with pytest.raises(Refused, match="roles must alternate"):

@@ -1,0 +1,150 @@
+"""Makes token ids of a conversation so that nothing written in a message becomes a control token. Knows no roles.
+
+A control token is one that the tokenizer marks as special: `<|eot_id|>` ends a turn, and whoever could write it into a
+message could write the next turn as well.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models
+
+from LLM.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control token, by its text."""
+
+    text: str
+
+
+# A string is text, whatever stands in it.
+Piece = Control | str
+
+
+class PlainText:
+    """A twin of a tokenizer whose control tokens have names that nobody can guess: their usual texts are only text to it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        secret = secrets.token_hex(8)
+        self._ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._names = {text: f"{secret}c{i}x" for i, text in enumerate(self._ids)}
+        # Not the names' secret: a template may show these words to the client, in an error.
+        word = secrets.token_hex(8)
+        self._word, self._words = f"{word}w%dx", re.compile(rf"{word}w(\d{{1,9}})x")
+        self._twin = _twin(tokenizer, self._names)
+        # The twin gives added tokens other ids where the tokenizer's own are not in a row.
+        twins = {i: token.content for i, token in self._twin.get_added_tokens_decoder().items()}
+        real = {self._names.get(token.content, token.content): i for i, token in added.items()}
+        self._real_ids = {i: real[content] for i, content in twins.items()}
+        self._finder = _finder(self._ids)
+        self._starts = {text[:n] for text in self._ids for n in range(1, len(text))}
+        self._ends = {text[n:] for text in self._ids for n in range(1, len(text))}
+        # SentencePiece begins every text with a space of its own, Metaspace only one that has none yet.
+        self._space = " " if self._written("a") == self._written(" a") == "▁a" else ""
+
+    def encode(self, pieces: Iterable[Piece]) -> list[int]:
+        """Give the ids of pieces, each text encoded by itself, as the makers of models do.
+
+        Raises:
+            Refused: `unsupported` for a control token that the tokenizer does not have.
+        """
+        pieces = list(pieces)
+        texts = iter(self._encode([self._space + p if p else p for p in pieces if isinstance(p, str)]))
+        ids: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                ids += next(texts)
+            elif piece.text in self._ids:
+                ids.append(self._ids[piece.text])
+            else:
+                message = f"this model's tokenizer has no {piece.text}, which its format needs; send prompt instead"
+                raise Refused("unsupported", message, "messages")
+        return ids
+
+    def hide(self, text: str, hidden: list[str]) -> str:
+        """Give a text with a word in place of each control token; `hidden` learns what the words stand for.
+
+        What could be a part of one at either end is hidden too: what comes next in the prompt could complete it.
+        """
+        body = text.strip()
+        left = text.index(body)
+        start = _longest(body, self._ends, lambda n: body[:n])
+        end = _longest(body[start:], self._starts, lambda n: body[-n:])
+        right = len(body) - end
+        middle = "".join(self._hide(part, hidden) if control else part for part, control in self._split(body[start:right]))
+        first, last = self._hide(body[:start], hidden), self._hide(body[right:], hidden)
+        return text[:left] + first + middle + last + text[left + len(body) :]
+
+    def encode_prompt(self, prompt: str, hidden: Sequence[str]) -> list[int]:
+        """Give the ids of a whole prompt: what was hidden from it is text, any other control token is one."""
+        named = "".join(self._names[part] if control else part for part, control in self._split(prompt))
+        return self._encode([self._words.sub(lambda word: "".join(hidden[int(word[1]) :][:1]), named)])[0]
+
+    def _hide(self, part: str, hidden: list[str]) -> str:
+        if not part:
+            return part
+        hidden.append(part)
+        return self._word % (len(hidden) - 1)
+
+    def _split(self, text: str) -> list[tuple[str, bool]]:
+        """Cut a text at its control tokens, and say of each part whether it is one."""
+        found = self._finder.encode_batch([text], add_special_tokens=False)[0]
+        return [(text[a:b], token_id > 0) for token_id, (a, b) in zip(found.ids, found.offsets, strict=True)]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # Not `encode`: it keeps every other thread from running.
+        encoded = self._twin.encode_batch(list(texts), add_special_tokens=False)
+        return [[self._real_ids.get(i, i) for i in each.ids] for each in encoded]
+
+    def _written(self, text: str) -> str:
+        return "".join(self._twin.encode(text, add_special_tokens=False).tokens)
+
+
+def _longest(text: str, known: Collection[str], part: Callable[[int], str]) -> int:
+    longest = min(len(text), max(map(len, known), default=0))
+    return next((n for n in range(longest, 0, -1) if part(n) in known), 0)
+
+
+def _finder(controls: Iterable[str]) -> Tokenizer:
+    """Make a tokenizer whose token 0 is any text, and the others control tokens: it finds them as every tokenizer does."""
+    finder = Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+    finder.add_special_tokens([AddedToken(text, normalized=False) for text in controls])
+    return finder
+
+
+def _twin(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
+    twin = Tokenizer(_model(tokenizer, names))
+    if tokenizer.normalizer is not None:
+        twin.normalizer = tokenizer.normalizer
+    if tokenizer.pre_tokenizer is not None:
+        twin.pre_tokenizer = tokenizer.pre_tokenizer
+    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())]
+    twin.add_tokens([token for token in added if not token.special])
+    twin.add_special_tokens(
+        [AddedToken(names[t.content], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False) for t in added if t.special]
+    )
+    return twin
+
+
+def _model(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
+    """Give the tokenizer's model, without a way from text to a control token."""
+    if all(tokenizer.model.token_to_id(text) is None for text in names):
+        return tokenizer.model
+    state = json.loads(tokenizer.to_str())["model"]
+    if isinstance(state["vocab"], list):
+        state["vocab"] = [[names.get(piece, piece), score] for piece, score in state["vocab"]]
+    else:
+        state["vocab"] = {names.get(piece, piece): i for piece, i in state["vocab"].items()}
+    if "merges" in state:
+        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["merges"]]
+        state["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
+    if "unk_token" in state:
+        state["unk_token"] = names.get(state["unk_token"], state["unk_token"])
+    return Tokenizer.from_str(json.dumps({"version": "1.0", "model": state, "added_tokens": []})).model
