@@ -99,6 +99,8 @@ class BaseModelHandler:
 
     # The ids of a model without a folder; one with a folder is found by the folder's name.
     model_ids: ClassVar[tuple[str, ...]] = ()
+    # Names that are one model, whichever of them its folder has.
+    also_listed_as: ClassVar[tuple[str, ...]] = ()
     # Sampling where generation_config.json is silent.
     sampling: ClassVar[Mapping[str, float]] = {}
     # Control tokens that end an answer, beside those that the folder names.

@@ -220,14 +220,21 @@ def _failed(plan: "asyncio.Task[Plan]") -> bool:
 
 
 def list_models(root: Path) -> Mapping[str, Listed]:
-    """Find the models under `root`: folders `<vendor>/<model>` with a config.json, and drop-ins that need no folder."""
+    """Find the models under `root`: folders `<vendor>/<model>` with a config.json, and drop-ins that need no folder.
+
+    A folder that has one of the names its drop-in states is found by the others too, unless they have folders of their own.
+    """
     drop_ins = {path.stem: _import_drop_in(path.stem) for path in sorted(MODELS_ROOT.glob("model_srv_*.py"))}
     listing = {model_id: Listed(handler, root) for handler in drop_ins.values() for model_id in handler.model_ids}
+    named = {name: handler for handler in drop_ins.values() for name in handler.also_listed_as}
+    others: dict[str, Listed] = {}
     for config in sorted(root.glob("*/*/config.json")):
         folder = config.parent
         model_id = f"{folder.parent.name}/{folder.name}"
-        listing[model_id] = Listed(drop_ins.get(drop_in_name(model_id), BaseModelHandler), folder)
-    return listing
+        handler = drop_ins.get(drop_in_name(model_id)) or named.get(model_id, BaseModelHandler)
+        listing[model_id] = Listed(handler, folder)
+        others |= dict.fromkeys(handler.also_listed_as, listing[model_id])
+    return others | listing
 
 
 def drop_in_name(model_id: str) -> str:

@@ -1,0 +1,165 @@
+"""Model folders as their makers publish them, small random weights apart, and the makers' own encoding of a conversation.
+
+The tokenizers are the true ones: Mistral's SentencePiece model and Meta's tokenizer.model, out of the makers' own packages.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import llama_models
+import mistral_common
+import torch
+from llama_models.datatypes import RawMessage
+from llama_models.llama3.chat_format import ChatFormat
+from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
+
+from LLM._base_model_handler import ChatMessage
+
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
+LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+# What the folders' own templates write of a conversation without tools.
+MISTRAL_TEMPLATE = """\
+{%- set told = messages[0]["content"] + "\\n\\n" if messages[0]["role"] == "system" else "" %}
+{%- set turns = messages[1:] if messages[0]["role"] == "system" else messages %}
+{{- bos_token }}
+{%- for turn in turns %}
+    {%- if (turn["role"] == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
+    {%- if turn["role"] == "user" %}{{ "[INST] " + (told if loop.last else "") + turn["content"] + "[/INST]" }}
+    {%- else %}{{ " " + turn["content"] | trim + eos_token }}{% endif %}
+{%- endfor %}"""
+LLAMA_TEMPLATE = """\
+{{- bos_token }}
+{%- set told = messages[0]["content"] | trim if messages[0]["role"] == "system" else "" %}
+{%- set turns = messages[1:] if messages[0]["role"] == "system" else messages %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: 26 Jul 2024\\n\\n" + told + "<|eot_id|>" }}
+{%- for turn in turns %}
+    {{- "<|start_header_id|>" + turn["role"] + "<|end_header_id|>\\n\\n" + turn["content"] | trim + "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{% endif %}"""
+
+
+def mistral_folder(path: Path) -> Path:
+    """Make the folder of a small Mistral-7B-Instruct-v0.3."""
+    tokenizer = mistral_tokenizer()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=MISTRAL_TEMPLATE,
+    ).save_pretrained(path)
+    size = tokenizer.get_vocab_size()
+    _weights(path, MistralConfig(**SIZES, vocab_size=size, bos_token_id=1, eos_token_id=2, sliding_window=None))
+    return path
+
+
+def mistral_tokenizer() -> Tokenizer:
+    """Give Mistral's tokenizer v3 as the published folder has it."""
+    maker = _mistral().instruct_tokenizer.tokenizer
+    assert isinstance(maker, SentencePieceTokenizer)
+    model, vocabulary = maker._model, {piece: i for i, piece in enumerate(maker.vocab())}
+    merges = generate_merges(vocabulary, {piece: model.get_score(i) for piece, i in vocabulary.items()})
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    special = [piece for piece, i in vocabulary.items() if model.is_control(i) or model.is_unknown(i)]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in special])
+    return tokenizer
+
+
+def llama_folder(path: Path) -> Path:
+    """Make the folder of a small Llama-3.2-3B-Instruct."""
+    PreTrainedTokenizerFast(
+        tokenizer_object=llama_tokenizer(),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        chat_template=LLAMA_TEMPLATE,
+    ).save_pretrained(path)
+    ends = [_meta().eos_id, _meta().eom_id, _meta().eot_id]
+    config = LlamaConfig(
+        **SIZES, vocab_size=_meta().n_words, bos_token_id=_meta().bos_id, eos_token_id=ends, tie_word_embeddings=True
+    )
+    _weights(path, config)
+    return path
+
+
+def llama_tokenizer() -> Tokenizer:
+    """Give Llama 3.2's tokenizer as the published folder has it."""
+    special = list(_meta().special_tokens)
+    converter = TikTokenConverter(str(_meta_model()), extra_special_tokens=special)
+    tokenizer: Tokenizer = converter.converted()
+    begin = ("<|begin_of_text|>", _meta().bos_id)
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[begin])
+    return tokenizer
+
+
+def mistral_ids(messages: Sequence[ChatMessage]) -> list[int]:
+    """Encode a conversation as Mistral's package does; raises what that raises."""
+    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    said = [kinds[message["role"]](content=message["content"]) for message in messages]
+    goes_on = messages[-1]["role"] == "assistant"
+    request: ChatCompletionRequest = ChatCompletionRequest(messages=said, continue_final_message=goes_on)
+    return _mistral().encode_chat_completion(request).tokens
+
+
+def llama_ids(messages: Sequence[ChatMessage]) -> list[int]:
+    """Encode a conversation as Meta's package does.
+
+    It knows no message that goes on: that is the prompt for an answer, and then the answer's beginning.
+    """
+    goes_on = messages[-1]["role"] == "assistant"
+    said = [RawMessage(**message) for message in (messages[:-1] if goes_on else messages)]
+    ids = ChatFormat(_meta()).encode_dialog_prompt(said).tokens
+    return ids + (_meta().encode(messages[-1]["content"], bos=False, eos=False) if goes_on else [])
+
+
+@cache
+def _mistral() -> MistralTokenizer:
+    data = Path(mistral_common.__file__).parent / "data"
+    return MistralTokenizer.from_file(str(data / "mistral_instruct_tokenizer_240323.model.v3"))
+
+
+@cache
+def _meta() -> MetaTokenizer:
+    return MetaTokenizer(_meta_model())
+
+
+def _meta_model() -> Path:
+    return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
+
+
+def _weights(path: Path, config: PreTrainedConfig) -> None:
+    torch.manual_seed(1)
+    config.dtype = torch.bfloat16
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    generation = json.loads((path / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == config.eos_token_id
