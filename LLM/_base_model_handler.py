@@ -103,6 +103,8 @@ class BaseModelHandler:
     also_listed_as: ClassVar[tuple[str, ...]] = ()
     # Sampling where generation_config.json is silent.
     sampling: ClassVar[Mapping[str, float]] = {}
+    # Whether only the first message may be the system's.
+    system_first: ClassVar[bool] = False
     # Control tokens that end an answer, beside those that the folder names.
     end_tokens: ClassVar[tuple[str, ...]] = ()
 
@@ -130,7 +132,14 @@ class BaseModelHandler:
         return loaded
 
     def preprocess(self, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-        """Rewrite a conversation for a family whose template cannot say it; the default changes nothing."""
+        """Rewrite a conversation for a family whose template cannot say it; the default changes nothing.
+
+        Raises:
+            Refused: `bad_message` for what the family's template would write though the model has not learned it.
+        """
+        if self.system_first and any(message["role"] == "system" for message in messages[1:]):
+            why = "has a system message that is not the first, the only place this model knows for one; move it there"
+            raise Refused("bad_message", why, "messages")
         return messages
 
     def pieces(self, messages: Sequence[ChatMessage]) -> Iterable[Piece] | None:

@@ -18,7 +18,8 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -32,6 +33,7 @@ from LLM._base_model_handler import ChatMessage
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
+NEMO_FILE = "tekken_240718.json"
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -62,6 +64,32 @@ LLAMA_TEMPLATE = """\
     {{- "<|start_header_id|>" + turn["role"] + "<|end_header_id|>\\n\\n" + turn["content"] | trim + "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{% endif %}"""
+
+QWEN_TEMPLATE = """\
+{%- set ns = namespace(last=-1) %}
+{%- for turn in messages %}{% if turn["role"] == "user" %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for turn in messages %}
+    {%- set said = turn["content"] %}
+    {%- if turn["role"] == "assistant" %}
+        {%- set thought = said.split("</think>")[0].split("<think>")[-1] if "</think>" in said else "" %}
+        {%- set said = said.split("</think>")[-1].lstrip("\n") %}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {%- set said = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + said %}
+        {%- endif %}
+    {%- endif %}
+    {{- "<|im_start|>" + turn["role"] + "\n" + said + "<|im_end|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""
+GEMMA_TEMPLATE = """\
+{{- bos_token }}
+{%- set told = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else "" %}
+{%- set turns = messages[1:] if messages[0]["role"] == "system" else messages %}
+{%- for turn in turns %}
+    {%- if (turn["role"] == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
+    {{- "<start_of_turn>" + ("model" if turn["role"] == "assistant" else turn["role"]) + "\n" }}
+    {{- (told if loop.first else "") + turn["content"] | trim + "<end_of_turn>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<start_of_turn>model\n" }}{% endif %}"""
 
 
 def mistral_folder(path: Path) -> Path:
@@ -96,6 +124,37 @@ def mistral_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def nemo_tokenizer(path: Path) -> Tokenizer:
+    """Give Mistral-Nemo's tokenizer as the published folder has it; `path` is for a file on the way."""
+    maker = _nemo().instruct_tokenizer.tokenizer
+    assert isinstance(maker, Tekkenizer)
+    tekken = json.loads((_mistral_data() / NEMO_FILE).read_text())
+    count = maker.n_words - maker.num_special_tokens
+    ranks = [f"{token['token_bytes']} {token['rank']}" for token in tekken["vocab"][:count]]
+    path.write_text("\n".join(ranks))
+    texts, merges = TikTokenConverter(str(path)).extract_vocab_merges_from_model(str(path))
+    special = [maker.id_to_piece(i) for i in range(maker.num_special_tokens)]
+    vocabulary = {text: i for i, text in enumerate(special)} | {text: i + len(special) for text, i in texts.items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(tekken["config"]["pattern"]), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    return tokenizer
+
+
+def byte_tokenizer(special: Sequence[str], ordinary: Sequence[str], template: str) -> PreTrainedTokenizerFast:
+    """Give a tokenizer of bytes with a family's own added tokens and template, where its true one is not to be had."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ordinary])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], chat_template=template)
+
+
 def llama_folder(path: Path) -> Path:
     """Make the folder of a small Llama-3.2-3B-Instruct."""
     PreTrainedTokenizerFast(
@@ -123,12 +182,21 @@ def llama_tokenizer() -> Tokenizer:
 
 
 def mistral_ids(messages: Sequence[ChatMessage]) -> list[int]:
-    """Encode a conversation as Mistral's package does; raises what that raises."""
+    """Encode a conversation for Mistral 7B v0.3 as Mistral's package does; raises what that raises."""
+    return _mistral_ids(_mistral(), messages)
+
+
+def nemo_ids(messages: Sequence[ChatMessage]) -> list[int]:
+    """Encode a conversation for Mistral-Nemo as Mistral's package does; raises what that raises."""
+    return _mistral_ids(_nemo(), messages)
+
+
+def _mistral_ids(tokenizer: MistralTokenizer, messages: Sequence[ChatMessage]) -> list[int]:
     kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
     said = [kinds[message["role"]](content=message["content"]) for message in messages]
     goes_on = messages[-1]["role"] == "assistant"
     request: ChatCompletionRequest = ChatCompletionRequest(messages=said, continue_final_message=goes_on)
-    return _mistral().encode_chat_completion(request).tokens
+    return tokenizer.encode_chat_completion(request).tokens
 
 
 def llama_ids(messages: Sequence[ChatMessage]) -> list[int]:
@@ -144,8 +212,16 @@ def llama_ids(messages: Sequence[ChatMessage]) -> list[int]:
 
 @cache
 def _mistral() -> MistralTokenizer:
-    data = Path(mistral_common.__file__).parent / "data"
-    return MistralTokenizer.from_file(str(data / "mistral_instruct_tokenizer_240323.model.v3"))
+    return MistralTokenizer.from_file(str(_mistral_data() / "mistral_instruct_tokenizer_240323.model.v3"))
+
+
+@cache
+def _nemo() -> MistralTokenizer:
+    return MistralTokenizer.from_file(str(_mistral_data() / NEMO_FILE))
+
+
+def _mistral_data() -> Path:
+    return Path(mistral_common.__file__).parent / "data"
 
 
 @cache

@@ -19,6 +19,7 @@ from LLM.loader import _chat_template
 from LLM.model_service import list_models
 from LLM.model_srv_llama_llama_3_2_3b_instruct import ModelHandler as Llama
 from LLM.model_srv_mistralai_mistral_7b_instruct_v0_3 import ModelHandler as Mistral
+from LLM.model_srv_mistralai_mistral_nemo_instruct_2407 import ModelHandler as Nemo
 from LLM.model_srv_wsserver_echo import EchoRunner
 from tests import makers
 from tests.conftest import Running, running
@@ -96,6 +97,11 @@ def llama() -> Family:
     return Family(Llama(), makers.llama_ids, served(makers.llama_tokenizer()))
 
 
+@pytest.fixture(scope="module")
+def nemo(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return Family(Nemo(), makers.nemo_ids, served(makers.nemo_tokenizer(tmp_path_factory.mktemp("nemo") / "ranks")))
+
+
 # The makers' ids.
 
 
@@ -105,26 +111,36 @@ def test_a_conversation_with_llama_has_metas_ids(llama: Family, messages: list[C
     assert llama.encode(messages) == llama.ids(messages)
 
 
+@pytest.mark.parametrize("family", ["mistral", "nemo"])
 @given(messages=conversations)
 @settings(max_examples=100, deadline=None)
-def test_a_conversation_with_mistral_has_mistrals_ids_or_neither_takes_it(mistral: Family, messages: list[ChatMessage]):
+def test_a_conversation_with_mistral_has_mistrals_ids_or_neither_takes_it(
+    request: pytest.FixtureRequest, family: str, messages: list[ChatMessage]
+):
+    of: Family = request.getfixturevalue(family)
     try:
-        ids = mistral.ids(messages)
+        ids = of.ids(messages)
     except MistralCommonException:
         with pytest.raises(Refused) as refused:
-            mistral.encode(messages)
+            of.encode(messages)
         assert (refused.value.reason, refused.value.field) == ("bad_message", "messages")
     else:
-        assert mistral.encode(messages) == ids
+        assert of.encode(messages) == ids
 
 
 @pytest.mark.parametrize("messages", LISTED.values(), ids=LISTED)
-@pytest.mark.parametrize("family", ["mistral", "llama"])
+@pytest.mark.parametrize("family", ["mistral", "nemo", "llama"])
 def test_every_shape_of_a_conversation_has_the_makers_ids(
     family: str, messages: list[ChatMessage], request: pytest.FixtureRequest
 ):
     of: Family = request.getfixturevalue(family)
     assert of.encode(messages) == of.ids(messages)
+
+
+@pytest.mark.parametrize("text", ["語" * 60_000, "a" + " " * 50_001 + "b", "x" * 25_000, "1" * 25_001 + "\n" * 25_001])
+def test_very_long_words_have_metas_ids(llama: Family, text: str):
+    messages = [says("user", text)]
+    assert llama.encode(messages) == llama.ids(messages)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +162,8 @@ def test_what_mistrals_format_cannot_express_is_refused_with_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("family", "ends"), [("mistral", ["</s>"]), ("llama", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])]
+    ("family", "ends"),
+    [("mistral", ["</s>"]), ("nemo", ["</s>"]), ("llama", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])],
 )
 def test_an_answer_ends_where_its_maker_ends_it(family: str, ends: list[str], request: pytest.FixtureRequest):
     of: Family = request.getfixturevalue(family)
