@@ -6,6 +6,7 @@ Only local files, only safetensors, never code that came with a model.
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,31 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     if options.device == "cpu":
         # One core stays free for the event loop: decoding on all of them makes every frame late.
         torch.set_num_threads(options.threads or max(1, cores() - 1))
-    try:
+    with _refusing("its operator finds the details in the server's log"):
         return _load(folder, options, progress)
-    except (OSError, ValueError, KeyError, SafetensorError, torch.OutOfMemoryError) as error:
-        reason = type(error).__name__
-        message = f"the model's folder cannot be loaded ({reason}); its operator finds the details in the server's log"
+
+
+@contextmanager
+def _refusing(advice: str) -> Iterator[None]:
+    """Turn what a bad folder raises into a refusal that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = "the device has not enough memory for the model; a smaller dtype may do, or fewer models beside it"
+        raise Refused("load_failed", why) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        message = f"the model's folder cannot be loaded ({type(error).__name__}): {advice}"
         raise Refused("load_failed", message) from error
 
 
 def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     device, torch_dtype = torch.device(options.device), DTYPES[options.dtype]
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = _model(folder, config, torch_dtype, progress).to(device).eval()
+    with _refusing("its config.json cannot be used; a newer transformers may know its architecture"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with _refusing("its tokenizer cannot be read; copy its tokenizer.json and tokenizer_config.json anew"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = _model(folder, architecture, config, torch_dtype, progress).to(device).eval()
     progress("warmup", 0.0)
     # What only a GPU can prove is for those who ask for it.
     if device.type == "cpu" or options.decode == "graph":
@@ -86,10 +99,9 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
     )
 
 
-def _model(folder: Path, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
+def _model(folder: Path, architecture: Any, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
     # The weights as they were read go when this returns: they would keep alive what modules give up when they are fused.
     weights = dict(_weights(folder, dtype, progress))
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, found = architecture.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )

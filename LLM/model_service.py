@@ -1,29 +1,26 @@
-"""Finds drop-ins and model folders, loads models, keeps one engine per loaded model. Knows no clients.
+"""Loads the models that clients ask for, keeps one engine per loaded model, and unloads what others need the room of.
 
-A client's string is only ever looked up in the listing made at start: it never reaches an import, a path or a hub.
+Knows no clients. A client's string is only ever looked up in the listing made at start.
 """
 
 import asyncio
-import importlib
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from LLM._base_model_handler import BaseModelHandler, LoadOptions, Plan
+from LLM._base_model_handler import LoadOptions, Plan
 from LLM.engine.thread import GenerationEngine, Turns
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
+from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import FAILED, Abandoned, Model, ModelSpec, Waiter
 from LLM.room import leaving
 
 log = logging.getLogger(__name__)
-
-MODELS_ROOT = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +32,6 @@ class Keeping:
 
     memory: int | None = None
     keep_alive: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A model that can be loaded."""
-
-    handler: type[BaseModelHandler]
-    folder: Path
 
 
 class ModelService:
@@ -85,6 +74,8 @@ class ModelService:
         if name not in self.listing:
             there = ", ".join(sorted(self.listing)) or "none"
             raise Refused("model_not_found", f"this server has no such model; it has: {there}", "model")
+        if problem := self.listing[name].problem:
+            raise Refused("load_failed", problem, "model")
         if quantization not in (None, "none"):
             raise Refused("unsupported", 'only "none" is served so far', "quantization")
         default = self._options
@@ -217,31 +208,3 @@ class ModelService:
 
 def _failed(plan: "asyncio.Task[Plan]") -> bool:
     return plan.cancelled() or plan.exception() is not None
-
-
-def list_models(root: Path) -> Mapping[str, Listed]:
-    """Find the models under `root`: folders `<vendor>/<model>` with a config.json, and drop-ins that need no folder.
-
-    A folder that has one of the names its drop-in states is found by the others too, unless they have folders of their own.
-    """
-    drop_ins = {path.stem: _import_drop_in(path.stem) for path in sorted(MODELS_ROOT.glob("model_srv_*.py"))}
-    listing = {model_id: Listed(handler, root) for handler in drop_ins.values() for model_id in handler.model_ids}
-    named = {name: handler for handler in drop_ins.values() for name in handler.also_listed_as}
-    others: dict[str, Listed] = {}
-    for config in sorted(root.glob("*/*/config.json")):
-        folder = config.parent
-        model_id = f"{folder.parent.name}/{folder.name}"
-        handler = drop_ins.get(drop_in_name(model_id)) or named.get(model_id, BaseModelHandler)
-        listing[model_id] = Listed(handler, folder)
-        others |= dict.fromkeys(handler.also_listed_as, listing[model_id])
-    return others | listing
-
-
-def drop_in_name(model_id: str) -> str:
-    """Give the module name of a model's drop-in: `a/B-1.0` is `model_srv_a_b_1_0`."""
-    return "model_srv_" + re.sub(r"[^a-z0-9]+", "_", model_id.lower()).strip("_")
-
-
-def _import_drop_in(name: str) -> type[BaseModelHandler]:
-    handler: type[BaseModelHandler] = importlib.import_module(f"LLM.{name}").ModelHandler
-    return handler

@@ -13,7 +13,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from handlers import dispatcher
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
-from LLM.model_service import MODELS_ROOT, Keeping, ModelService
+from LLM.listing import MODELS_ROOT
+from LLM.model_service import Keeping, ModelService
 from tests.checker import Checker
 from wsserver.config import Config
 from wsserver.server import Server

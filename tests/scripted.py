@@ -19,8 +19,9 @@ from websockets.exceptions import ConnectionClosed
 from LLM._base_model_handler import LoadedModel, LoadOptions, Plan, Progress
 from LLM.engine.request import Sampled
 from LLM.engine.sequence import Slice
+from LLM.listing import Listed
 from LLM.model import Waiter
-from LLM.model_service import Listed, ModelService
+from LLM.model_service import ModelService
 from LLM.model_srv_wsserver_echo import EchoRunner, ModelHandler
 from tests.conftest import ECHO, Client, Running, eventually, running
 

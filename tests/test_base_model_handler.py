@@ -13,7 +13,7 @@ from tokenizers import processors
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
 from LLM.engine.request import GenerationRequest, Sampling
 from LLM.errors import Refused
-from LLM.model_service import MODELS_ROOT, drop_in_name, list_models
+from LLM.listing import MODELS_ROOT, drop_in_name, list_models
 from LLM.model_srv_wsserver_echo import END
 from LLM.model_srv_wsserver_echo import ModelHandler as Echo
 from tests.conftest import DEFAULT_MODEL, ECHO

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel
 from LLM.errors import Refused
+from LLM.listing import list_models
 from LLM.loader import _chat_template
-from LLM.model_service import list_models
 from LLM.model_srv_llama_llama_3_2_3b_instruct import ModelHandler as Llama
 from LLM.model_srv_mistralai_mistral_7b_instruct_v0_3 import ModelHandler as Mistral
 from LLM.model_srv_mistralai_mistral_nemo_instruct_2407 import ModelHandler as Nemo

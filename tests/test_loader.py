@@ -455,6 +455,33 @@ def test_a_folder_that_cannot_be_loaded_is_refused(folder: Path, breaking: Break
     assert_fit_for_any_client(refused.value, folder)
 
 
+@pytest.mark.parametrize(
+    ("what", "advice"),
+    [
+        ("an unknown architecture", "newer transformers"),
+        ("an architecture that writes no text", "newer transformers"),
+        ("no tokenizer", "tokenizer.json"),
+        ("an empty tokenizer", "tokenizer.json"),
+        ("weights without their last byte", "ends too early; copy it anew"),
+    ],
+)
+def test_a_refusal_says_what_to_do(folder: Path, what: str, advice: str):
+    BROKEN[what](folder)
+    with pytest.raises(Refused, match=advice):
+        load(folder, CPU, silent)
+
+
+def test_a_device_without_memory_for_the_model_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has ...")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(Refused, match=r"not enough memory .* smaller dtype") as refused:
+        load(folder, CPU, silent)
+    assert refused.value.reason == "load_failed"
+    assert_fit_for_any_client(refused.value, folder)
+
+
 TWISTED: dict[str, Break] = {
     "weights of another size": changed("config.json", hidden_size=32),
     "heads that are a word": changed("config.json", num_attention_heads="many"),

@@ -14,8 +14,9 @@ from LLM import model_srv_huggingfacetb_smollm2_135m_instruct as smollm2
 from LLM._base_model_handler import BaseModelHandler, LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
+from LLM.listing import drop_in_name, list_models
 from LLM.model import Waiter
-from LLM.model_service import Keeping, ModelService, drop_in_name, list_models
+from LLM.model_service import Keeping, ModelService
 from tests.conftest import ECHO, eventually
 from tests.scripted import ScriptedModel, put
 
@@ -69,6 +70,45 @@ def test_a_listing_holds_folders_with_a_config_and_drop_ins_that_need_none(tmp_p
     assert listing["vendor/unknown-model"].handler is BaseModelHandler
     assert listing["vendor/unknown-model"].folder == tmp_path / "vendor" / "unknown-model"
     assert listing["HuggingFaceTB/SmolLM2-135M-Instruct"].handler is smollm2.ModelHandler
+
+
+def test_a_folder_that_is_a_link_out_of_the_root_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    add_folder(tmp_path, "elsewhere/vendor/model")
+    root = tmp_path / "root"
+    add_folder(root, "vendor/real")
+    (root / "vendor" / "out").symlink_to(tmp_path / "elsewhere" / "vendor" / "model")
+    (root / "away").symlink_to(tmp_path / "elsewhere" / "vendor")
+    (root / "vendor" / "within").symlink_to(root / "vendor" / "real")
+    service = ModelService(ECHO, LoadOptions(), EngineSettings(), root)
+    assert service.resolve("vendor/within").model == "vendor/within"
+    for name in ("vendor/out", "away/model"):
+        with pytest.raises(Refused, match="operator can move the model itself there") as refused:
+            service.resolve(name)
+        assert refused.value.reason == "load_failed"
+        assert str(tmp_path) not in refused.value.message
+
+
+def test_a_model_that_two_drop_ins_claim_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    class One(BaseModelHandler):
+        also_listed_as = ("a/model", "b/model")
+
+    class Two(BaseModelHandler):
+        also_listed_as = ("b/model",)
+        model_ids = ("no/folder",)
+
+    class Three(BaseModelHandler):
+        model_ids = ("no/folder",)
+
+    add_folder(tmp_path, "a/model")
+    listing = list_models(tmp_path, {"model_srv_one": One, "model_srv_two": Two, "model_srv_three": Three})
+    assert listing["a/model"].problem is None
+    assert listing["a/model"].handler is One
+    service = ModelService(ECHO, LoadOptions(), EngineSettings())
+    service.listing = listing
+    for name in ("b/model", "no/folder"):
+        with pytest.raises(Refused, match="all but one") as refused:
+            service.resolve(name)
+        assert refused.value.reason == "load_failed"
 
 
 @pytest.mark.parametrize("name", ["../../etc", "vendor", "vendor/unknown-model/", "", "VENDOR/UNKNOWN-MODEL", "vendor/*"])
