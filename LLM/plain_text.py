@@ -85,7 +85,8 @@ class PlainText:
     def encode_prompt(self, prompt: str, hidden: Sequence[str]) -> list[int]:
         """Give the ids of a whole prompt: what was hidden from it is text, any other control token is one."""
         named = "".join(self._names[part] if control else part for part, control in self._split(prompt))
-        return self._encode([self._words.sub(lambda word: "".join(hidden[int(word[1]) :][:1]), named)])[0]
+        shown = self._words.sub(lambda word: hidden[int(word[1])] if int(word[1]) < len(hidden) else "", named)
+        return self._encode([shown])[0]
 
     def _hide(self, part: str, hidden: list[str]) -> str:
         if not part:
