@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from LLM import model_folder
 from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
 from LLM.engine.attention import DoesNotFit, PagedCache
 from LLM.engine.compiled_runner import CompiledRunner
@@ -166,7 +167,7 @@ def _positions(config: Any) -> int:
 
 def _weights(folder: Path, dtype: torch.dtype, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
     """Read every tensor of the folder's safetensors files, converting the floating-point ones; progress is by bytes."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = model_folder.read(folder).files
     sizes = [file.stat().st_size for file in files]
     total = sum(sizes)
     for index, file in enumerate(files):

@@ -113,14 +113,19 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    """Give the weights' files: those that the index names, or the one of the usual name, or else all there are.
+
+    Some makers put the same weights beside them once more, in a layout of their own.
+    """
+    there = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
+    if not there:
         if any(next(folder.glob(pattern), None) for pattern in PICKLED):
             raise _refused("its weights are pickled, and loading those could run any code; convert them to safetensors")
         raise _refused("it holds no safetensors file; copy the model's weights into it")
-    if missing := _named_by_index(folder) - {file.name for file in files}:
+    named = _named_by_index(folder) or ({"model.safetensors"} & there.keys()) or there.keys()
+    if missing := named - there.keys():
         raise _refused(f"{len(missing)} of the weights' files are missing; copy them all")
-    return tuple(files)
+    return tuple(there[name] for name in sorted(named))
 
 
 def _named_by_index(folder: Path) -> set[str]:

@@ -455,6 +455,11 @@ def test_a_folder_that_cannot_be_loaded_is_refused(folder: Path, breaking: Break
     assert_fit_for_any_client(refused.value, folder)
 
 
+def test_the_same_weights_in_another_layout_are_left_alone(folder: Path):
+    (folder / "consolidated.safetensors").write_bytes(b"of another loader's")
+    assert greedy(load(folder, CPU, silent)) == stock_greedy(folder, load(folder, CPU, silent).dtype)
+
+
 @pytest.mark.parametrize(
     ("what", "advice"),
     [

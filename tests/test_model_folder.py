@@ -40,11 +40,27 @@ def test_a_folder_tells_its_family_its_numbers_and_its_sizes(folder: Path):
     assert {tensor.name: tensor.shape for tensor in found.tensors} == {name: tuple(t.shape) for name, t in TENSORS.items()}
 
 
+def add_output_layer(folder: Path) -> None:
+    """Put an output layer into a second file."""
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"lm_head.weight": torch.zeros(100, 8)}, folder / "b.safetensors")
+
+
 def test_weights_may_lie_in_many_files(folder: Path):
-    save_file({"lm_head.weight": torch.zeros(100, 8)}, folder / "more.safetensors")
+    add_output_layer(folder)
     found = read(folder)
-    assert len(found.files) == 2
+    assert [file.name for file in found.files] == ["a.safetensors", "b.safetensors"]
     assert found.parameters == 2 * 100 * 8 + 64 * 8 + 8
+
+
+def test_the_same_weights_in_another_layout_are_left_alone(folder: Path):
+    save_file({"tok_embeddings.weight": torch.zeros(100, 8)}, folder / "consolidated.safetensors")
+    assert [file.name for file in read(folder).files] == ["model.safetensors"]
+    save_file({"model.embed_tokens.weight": torch.zeros(100, 8)}, folder / "model-00001-of-00001.safetensors")
+    index({"weight_map": {"model.embed_tokens.weight": "model-00001-of-00001.safetensors"}})(folder)
+    found = read(folder)
+    assert [file.name for file in found.files] == ["model-00001-of-00001.safetensors"]
+    assert found.parameters == 800
 
 
 @pytest.mark.parametrize(
@@ -64,7 +80,7 @@ def test_the_makers_precision_is_where_they_wrote_it(folder: Path, config: dict[
 
 def test_an_embedding_table_is_the_output_layer_where_there_is_no_other(folder: Path):
     assert read(folder).tied == 100 * 8
-    save_file({"lm_head.weight": torch.zeros(100, 8)}, folder / "more.safetensors")
+    add_output_layer(folder)
     assert read(folder).tied == 0
 
 
