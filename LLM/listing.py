@@ -19,8 +19,9 @@ TWICE = "several drop-ins claim this model; its operator can take away all but o
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A model that can be loaded, or in which way its operator has to help first, in words fit for any client."""
+    """A model by its one id, and in which way its operator has to help first, if so, in words fit for any client."""
 
+    id: str
     handler: type[BaseModelHandler]
     folder: Path
     problem: str | None = None
@@ -29,21 +30,22 @@ class Listed:
 def list_models(root: Path, drop_ins: Mapping[str, type[BaseModelHandler]] | None = None) -> dict[str, Listed]:
     """Find the models under `root`: folders `<vendor>/<model>` with a config.json, and drop-ins that need no folder.
 
-    A folder that has one of the names its drop-in states is found by the others too, unless they have folders of their own.
+    A folder that has one of the names its drop-in states is found by the others too, unless they have folders of their own;
+    it keeps its one id.
     """
     drop_ins = find_drop_ins() if drop_ins is None else drop_ins
     claims = Counter(name for handler in drop_ins.values() for name in (*handler.model_ids, *handler.also_listed_as))
     named = {name: handler for handler in drop_ins.values() for name in handler.also_listed_as}
-    listing = {name: Listed(handler, root) for handler in drop_ins.values() for name in handler.model_ids}
+    listing = {name: Listed(name, handler, root) for handler in drop_ins.values() for name in handler.model_ids}
     others: dict[str, Listed] = {}
     for config in sorted(root.glob("*/*/config.json")):
         folder = config.parent
         name = f"{folder.parent.name}/{folder.name}"
         handler = drop_ins.get(drop_in_name(name)) or named.get(name, BaseModelHandler)
         outside = not folder.resolve().is_relative_to(root.resolve())
-        listing[name] = Listed(handler, folder, OUTSIDE if outside else None)
+        listing[name] = Listed(name, handler, folder, OUTSIDE if outside else None)
         others |= dict.fromkeys(handler.also_listed_as, listing[name])
-    twice = {name: Listed(BaseModelHandler, root, TWICE) for name, count in claims.items() if count > 1}
+    twice = {name: Listed(name, BaseModelHandler, root, TWICE) for name, count in claims.items() if count > 1}
     return others | listing | twice
 
 

@@ -85,7 +85,7 @@ class ModelService:
             device=device or default.device,
             quantization=quantization or default.quantization,
         )
-        return ModelSpec(name, options)
+        return ModelSpec(self.listing[name].id, options)
 
     @asynccontextmanager
     async def use(self, spec: ModelSpec, waiter: Waiter) -> AsyncIterator[Model]:

@@ -196,7 +196,7 @@ async def scripted(loaded: bool = True, **settings: Any) -> AsyncIterator[tuple[
 def put(models: ModelService, name: str, model: ScriptedModel | None = None) -> ScriptedModel:
     """List a scripted model under a name, and give it."""
     model = model or ScriptedModel()
-    models.listing[name] = Listed(_Given(model), Path())
+    models.listing[name] = Listed(name, _Given(model), Path())
     return model
 
 

@@ -222,7 +222,7 @@ def test_llama_is_found_by_either_name_whichever_its_folder_has(tmp_path: Path, 
     (tmp_path / name / "config.json").write_text("{}")
     listing = list_models(tmp_path)
     for known in Llama.also_listed_as:
-        assert (listing[known].handler, listing[known].folder) == (Llama, tmp_path / name)
+        assert (listing[known].id, listing[known].handler, listing[known].folder) == (name, Llama, tmp_path / name)
 
 
 def test_two_folders_of_one_model_are_each_found_by_their_own_name(tmp_path: Path):
@@ -244,7 +244,8 @@ async def assert_streams(server: Running, name: str, ids: list[int], ends: Seque
     async with server.client() as client:
         await client.send(type="init", model=name)
         ready = await client.until("ready")
-        assert (ready["model"]["id"], ready["model"]["dtype"]) == (name, "bfloat16")
+        # By whatever name it was asked for, a model has one id, its folder's.
+        assert (ready["model"]["id"], ready["model"]["dtype"]) == (server.models.listing[name].id, "bfloat16")
         done = await client.generate(id="g", messages=CHAT, temperature=0, max_tokens=12, ignore_eos=True)
         assert (done["finish_reason"], done["usage"]["prompt_tokens"]) == ("length", len(ids))
         assert done["joined"]

@@ -430,6 +430,15 @@ async def test_a_folder_that_cannot_be_planned_with_is_refused_and_tried_again(
         await load(service, "a/a")
 
 
+async def test_a_model_of_two_names_is_loaded_once() -> None:
+    async with serving("a/a") as (service, (model,)):
+        service.listing = {**service.listing, "another/name": service.listing["a/a"]}
+        await load(service, "another/name")
+        await load(service, "a/a")
+        assert there(service) == ["a/a"]
+        assert model.loads == 1
+
+
 async def test_who_leaves_while_a_plan_is_made_leaves_no_word_of_its_failure_behind(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
