@@ -31,6 +31,7 @@ def plan(folder: Path, options: LoadOptions) -> Plan:
         weights += int(found.tied * model_folder.DTYPE_BYTES[dtype])
         weights *= 2 if options.decode == "compiled" and dtype == "bfloat16" else 1
     settled = replace(options, dtype=dtype, device=str(device))
+    # A GPU's cache takes what is left there in the end; as much as a CPU's has to be.
     kv_memory = CPU_KV_MEMORY if options.kv_memory is None else options.kv_memory
     return Plan(settled, weights + kv_memory, memory_of(device))
 

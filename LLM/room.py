@@ -53,7 +53,7 @@ def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
         raise Refused(
             "load_failed",
             f"the model takes {_in_words(need)} with its KV cache, and models may take {_in_words(budget)} on {device}; "
-            "choose a smaller dtype or quantization, or let the operator raise --memory or lower --kv-memory",
+            "choose a smaller dtype, or let the operator raise --memory or lower --kv-memory",
         )
     residents = list(residents)
     free = budget - sum(r.memory_bytes for r in residents if r.device == device)

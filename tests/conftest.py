@@ -138,6 +138,11 @@ def default_model_folder() -> Path:
     return folder
 
 
+def add_folder(root: Path, name: str) -> None:
+    (root / name).mkdir(parents=True)
+    (root / name / "config.json").write_text("{}")
+
+
 async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Let the event loop run until a condition holds; fails after `seconds`."""
     async with asyncio.timeout(seconds):

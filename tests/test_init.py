@@ -297,31 +297,3 @@ async def test_the_same_model_at_another_precision_is_another_load() -> None:
         assert (await init(client, "b", dtype="float32", device="auto", quantization="none"))["type"] == "ready"
         assert model.loads == 2
         assert len((await client.settle())["models"]) == 2
-
-
-async def test_an_init_is_told_what_is_in_its_way_and_has_room_once_that_is_done() -> None:
-    async with scripted(memory=ScriptedModel.memory_bytes) as (server, model), server.client() as client:
-        other = put(server.models, OTHER)
-        other.open()
-        await client.send(type="generate", id="g", prompt="hello")
-        await model.in_step(1)
-        error = await init(client, "full", model=OTHER)
-        assert (error["type"], error["code"]) == ("error", "overloaded")
-        assert "in use: wsserver/echo;" in error["message"]
-        assert other.loads == 0
-        model.open()
-        assert (await client.done("g"))["finish_reason"] == "stop"
-        assert (await init(client, "free", model=OTHER))["type"] == "ready"
-        assert [entry["id"] for entry in (await client.settle())["models"]] == [OTHER]
-        # Who stays with the model that had to leave has it loaded again.
-        await client.send(type="generate", id="again", model="ignored", prompt="hello")
-        assert (await client.done("again"))["finish_reason"] == "stop"
-
-
-async def test_a_model_that_nobody_uses_leaves_after_its_time_and_a_generation_loads_it_again() -> None:
-    async with scripted(keep_alive=0.0) as (server, model), server.client() as client:
-        model.open()
-        await eventually(lambda: server.models.status() == [])
-        assert (await client.generate(id="g", prompt="hello"))["finish_reason"] == "stop"
-        assert model.loads == 2
-        await eventually(lambda: server.models.status() == [])

@@ -62,9 +62,8 @@ async def generate(model: Model, prompt: str) -> str:
 
 
 async def test_models_on_one_cpu_take_turns() -> None:
-    async with two(Computing()) as (turns, first, _, model):
-        second = model._handler
-        assert isinstance(second, ScriptedModel)
+    second = Computing()
+    async with two(second) as (turns, first, _, model):
         second.open()
         other = asyncio.create_task(generate(model, "hi"))
         await eventually(lambda: turns.waiting == 1)
@@ -77,9 +76,8 @@ async def test_models_on_one_cpu_take_turns() -> None:
 
 
 async def test_a_cancel_counts_that_comes_while_another_model_has_its_turn() -> None:
-    async with two(Computing()) as (turns, first, _, model):
-        second = model._handler
-        assert isinstance(second, ScriptedModel)
+    second = Computing()
+    async with two(second) as (turns, first, _, model):
         second.open()
         other = asyncio.create_task(generate(model, "hi"))
         await eventually(lambda: turns.waiting == 1)
@@ -101,9 +99,8 @@ async def test_an_engine_that_waits_for_its_turn_can_be_closed() -> None:
 
 
 async def test_a_model_that_needs_no_cpu_waits_for_nobody() -> None:
-    async with two(ScriptedModel()) as (turns, _, _, model):
-        second = model._handler
-        assert isinstance(second, ScriptedModel)
+    second = ScriptedModel()
+    async with two(second) as (turns, _, _, model):
         second.open()
         assert await asyncio.wait_for(generate(model, "hi"), 30) == "stop"
         assert turns.waiting == 0, "the first has its turn, and nobody waits"
@@ -119,9 +116,8 @@ async def test_a_turn_ends_when_a_step_raises(entered: int) -> None:
 
 
 async def test_a_step_that_hangs_is_waited_for_once() -> None:
-    async with two(Computing(), patience=0.05) as (turns, first, hangs, model):
-        second = model._handler
-        assert isinstance(second, ScriptedModel)
+    second = Computing()
+    async with two(second, patience=0.05) as (turns, first, hangs, model):
         second.open()
         assert await asyncio.wait_for(generate(model, "as if nothing were"), 30) == "stop"
         await eventually(lambda: turns.waiting == -1)

@@ -76,7 +76,8 @@ class Turns:
                 self._begin()
         while not mine.acquire(timeout=self._patience):
             with self._guard:
-                if self._line[0] is not mine and time.monotonic() - self._since >= self._patience:
+                overdue = time.monotonic() - self._since >= self._patience
+                if self._line and self._line[0] is not mine and overdue:
                     self._pass_on()
         try:
             yield
