@@ -29,14 +29,16 @@ class ChatMessage(TypedDict):
 class LoadOptions:
     """At which precision and where a model is to run, and how much of the machine it gets.
 
-    "auto" is the precision that runs best there, and a GPU if there is one. `kv_memory` is in bytes, `threads` those of a
-    CPU; None leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, or "graph" for a GPU and as many
-    `sequences` at once.
+    "auto" is the precision that runs best there, and a GPU if there is one. `quantization` is "none", "int8", "nf4", "fp4".
+    What the GPUs have no room for may `offload` to the CPU's memory. `kv_memory` is in bytes, `threads` those of a CPU; None
+    leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, or "graph" for a GPU and as many `sequences`
+    at once.
     """
 
     dtype: str = "auto"
     device: str = "auto"
     quantization: str = "none"
+    offload: bool = False
     kv_memory: int | None = None
     threads: int | None = None
     decode: str = "eager"
@@ -111,13 +113,13 @@ class BaseModelHandler:
     def plan(self, folder: Path, options: LoadOptions) -> Plan:
         """Say what a load from `folder` would come to, without loading; runs on a thread, and reads files.
 
-        A model without a folder is loaded by the options as they are, and takes no memory worth counting.
+        A model without a folder has nothing to quantise, and takes no memory worth counting.
 
         Raises:
             Refused: `load_failed` or `unsupported`, with what to do.
         """
         if self.model_ids:
-            return Plan(options, 0, 0)
+            return Plan(replace(options, quantization="none"), 0, 0)
         plan: Plan = importlib.import_module("LLM.placement").plan(folder, options)
         return plan
 

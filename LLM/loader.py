@@ -5,7 +5,8 @@ Only local files, only safetensors, never code that came with a model.
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -27,7 +28,9 @@ from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
 from LLM.errors import Refused
-from LLM.placement import CPU_KV_MEMORY, DTYPES, cores, plan
+from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
+from LLM.quantize import bitsandbytes_config, pack_for_cpu
+from LLM.stored_weights import stored_weights
 
 try:
     from LLM.engine.graph_runner import GraphRunner
@@ -36,6 +39,8 @@ except ModuleNotFoundError:  # Triton is not to be had on every platform
 
 log = logging.getLogger(__name__)
 
+# Weights are read one after the other, on the engine's thread: a load must not take the cores that others' streams need.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 GPU_KV_SHARE = 0.9  # of what the weights left free
 
 
@@ -69,20 +74,23 @@ def _refusing(advice: str) -> Iterator[None]:
 
 
 def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
-    device, torch_dtype = torch.device(options.device), DTYPES[options.dtype]
+    device = torch.device(options.device)
     with _refusing("its config.json cannot be used; a newer transformers may know its architecture"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _refusing("its tokenizer cannot be read; copy its tokenizer.json and tokenizer_config.json anew"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = _model(folder, architecture, config, torch_dtype, progress).to(device).eval()
+    model = _model(folder, architecture, config, options, progress)
     progress("warmup", 0.0)
+    pack_for_cpu(model, partial(progress, "warmup", 0.0))
     # What only a GPU can prove is for those who ask for it.
     if device.type == "cpu" or options.decode == "graph":
         log.info("fused: %s", ", ".join(fuse(model)) or "nothing")
     move_to_huge_pages([*model.parameters(), *model.buffers()], partial(progress, "warmup"))
     positions = _positions(config.get_text_config())
     runner = _runner(model, options, positions)
+    if len(places := {str(place) for place in getattr(model, "hf_device_map", {}).values()}) > 1:
+        runner.notes.append(f"is spread over {', '.join(sorted(places))}")
     # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
     gc.collect()
     gc.freeze()
@@ -100,13 +108,23 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
     )
 
 
-def _model(folder: Path, architecture: Any, config: Any, dtype: torch.dtype, progress: Progress) -> Any:
-    # The weights as they were read go when this returns: they would keep alive what modules give up when they are fused.
-    weights = dict(_weights(folder, dtype, progress))
-    model, found = architecture.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    if missing := found["missing_keys"]:
+def _model(folder: Path, architecture: Any, config: Any, options: LoadOptions, progress: Progress) -> Any:
+    found, dtype = model_folder.read(folder), DTYPES[options.dtype]
+    quantised = [tensor.name for tensor in found.tensors if tensor.is_linear] if options.quantization != "none" else []
+    spread = options.device == str(ALL_GPUS)
+    progress("weights", 0.0)
+    with stored_weights(found, quantised, progress) as weights:
+        model, report = architecture.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            device_map="auto" if spread else {"": options.device},
+            max_memory=shares(options) if spread else None,
+            quantization_config=bitsandbytes_config(options, dtype),
+            output_loading_info=True,
+        )
+    if missing := report["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
     if (folder / "generation_config.json").exists():
@@ -120,27 +138,36 @@ def _runner(model: Any, options: LoadOptions, positions: int) -> Runner:
     except DoesNotFit as misfit:
         log.warning("serving without a paged KV cache: %s", misfit, exc_info=misfit.__cause__)
         return _plain(model, f"runs one sequence after the other, eagerly and without a paged KV cache: {misfit}")
-    on_gpu, kv_memory = model.device.type == "cuda", options.kv_memory
-    if kv_memory is None:
-        kv_memory = int(torch.cuda.mem_get_info(model.device)[0] * GPU_KV_SHARE) if on_gpu else CPU_KV_MEMORY
-    blocks = kv_memory // (token_bytes * BLOCK_SIZE)
-    if not blocks:
-        need = token_bytes * BLOCK_SIZE
-        raise Refused(
-            "load_failed", f"the KV cache may have {kv_memory} bytes, but {need} hold {BLOCK_SIZE} tokens; allow more"
-        )
-    if options.decode == "graph" and on_gpu and GraphRunner is not None:
+    on_gpu, blocks = model.device.type == "cuda", _blocks(token_bytes, options.kv_memory)
+    if options.decode == "graph" and on_gpu and len(token_bytes) == 1 and GraphRunner is not None:
         return GraphRunner(model, blocks, options.sequences, positions)
     cache = PagedCache(blocks, BLOCK_SIZE)
-    if options.decode == "compiled" and not on_gpu:
+    if options.decode == "compiled" and not on_gpu and options.quantization == "none":
         return CompiledRunner(model, cache)
     runner = PagedRunner(model, cache)
     if options.decode == "graph":
-        runner.notes.append("decodes eagerly: graphs need a CUDA device, and Triton")
+        runner.notes.append("decodes eagerly: graphs need one CUDA device, and Triton")
     elif options.decode == "compiled":
-        runner.notes.append("decodes eagerly: compiled graphs are for a CPU")
+        runner.notes.append("decodes eagerly: compiled graphs are for a CPU, and for weights that are not quantised")
     runner.warm_up()
     return runner
+
+
+def _blocks(token_bytes: Mapping[torch.device, int], kv_memory: int | None) -> int:
+    """Give how many blocks the KV cache gets, whose tokens take so many bytes on each device."""
+    if kv_memory is not None:
+        room = [(kv_memory, sum(token_bytes.values()))]
+    else:
+        room = [(_kv_memory_on(device), size) for device, size in token_bytes.items()]
+    memory, size = min(room, key=lambda each: each[0] / each[1])
+    if blocks := memory // (size * BLOCK_SIZE):
+        return blocks
+    need = size * BLOCK_SIZE
+    raise Refused("load_failed", f"the KV cache may have {memory} bytes, but {need} hold {BLOCK_SIZE} tokens; allow more")
+
+
+def _kv_memory_on(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_KV_SHARE) if device.type == "cuda" else CPU_KV_MEMORY
 
 
 def _plain(model: Any, note: str) -> Runner:
@@ -163,22 +190,6 @@ def _positions(config: Any) -> int:
     original = [rope["original_max_position_embeddings"] for rope in each if rope.get("rope_type") == "longrope"]
     positions: int = min([config.max_position_embeddings, *original])
     return positions
-
-
-def _weights(folder: Path, dtype: torch.dtype, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read every tensor of the folder's safetensors files, converting the floating-point ones; progress is by bytes."""
-    files = model_folder.read(folder).files
-    sizes = [file.stat().st_size for file in files]
-    total = sum(sizes)
-    for index, file in enumerate(files):
-        done = sum(sizes[:index])
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - an open safetensors file is no mapping
-                tensor = tensors.get_tensor(name)
-                done += tensor.nbytes
-                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-                progress("weights", done / total)
-    progress("weights", 1.0)
 
 
 def _chat_template(tokenizer: Any) -> Callable[[Sequence[ChatMessage]], str] | None:

@@ -13,8 +13,8 @@ from typing import Any
 from LLM.errors import Refused
 
 # Bytes of an element, by safetensors' names: https://huggingface.co/docs/safetensors/index#format.
-ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+ELEMENT_BYTES = {**FLOAT_BYTES, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 # Of a linear layer's weights; those of 4 bits share a scale of 4 bytes among 64.
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64}
@@ -38,6 +38,11 @@ class StoredTensor:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in its file."""
+        return self.count * ELEMENT_BYTES[self.element]
 
     @property
     def is_linear(self) -> bool:
@@ -69,7 +74,7 @@ class ModelFolder:
     @property
     def parameters(self) -> int:
         """How many numbers the model has."""
-        return sum(tensor.count for tensor in self.tensors if tensor.element in FLOATS)
+        return sum(tensor.count for tensor in self.tensors if tensor.element in FLOAT_BYTES)
 
     @property
     def file_bytes(self) -> int:
@@ -84,11 +89,10 @@ class ModelFolder:
         return sum(tensor.count for tensor in self.tensors if "embed_tokens" in tensor.name)
 
     def memory(self, dtype: str, quantization: str = "none") -> int:
-        """Give the bytes that the weights take at a precision; what is not quantised then has 16 bits."""
-        if quantization == "none":
-            return int(self.parameters * DTYPE_BYTES[dtype])
-        linear = sum(tensor.count for tensor in self.tensors if tensor.is_linear)
-        return int(linear * QUANTIZED_BYTES[quantization] + (self.parameters - linear) * 2)
+        """Give the bytes that the weights take at a precision, which is that of what is not quantised."""
+        linear = sum(tensor.count for tensor in self.tensors if tensor.is_linear) if quantization != "none" else 0
+        quantised = linear * QUANTIZED_BYTES.get(quantization, 0)
+        return int(quantised + (self.parameters - linear) * DTYPE_BYTES[dtype])
 
 
 def read(folder: Path) -> ModelFolder:
@@ -109,6 +113,10 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise _refused("its config.json cannot be read; copy it anew") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise _refused("its config.json names no model_type; take the one that came with the weights")
+    if config.get("quantization_config"):
+        raise _refused(
+            "its weights are quantised already; take the model's own, which can be quantised while they are loaded"
+        )
     return config
 
 

@@ -76,8 +76,6 @@ class ModelService:
             raise Refused("model_not_found", f"this server has no such model; it has: {there}", "model")
         if problem := self.listing[name].problem:
             raise Refused("load_failed", problem, "model")
-        if quantization not in (None, "none"):
-            raise Refused("unsupported", 'only "none" is served so far', "quantization")
         default = self._options
         options = replace(
             default,

@@ -56,14 +56,14 @@ def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
             "choose a smaller dtype, or let the operator raise --memory or lower --kv-memory",
         )
     residents = list(residents)
-    free = budget - sum(r.memory_bytes for r in residents if r.device == device)
+    free = budget - sum(r.memory_bytes for r in residents if _meet(r.device, device))
     places = MOST_MODELS - len(residents)
     found: list[R] = []
     for resident in sorted((r for r in residents if r.left_at is not None), key=_left_at):
         # One elsewhere gives its place, but no memory.
-        if (free < need and resident.device == device) or places < 1:
+        if (free < need and _meet(resident.device, device)) or places < 1:
             found.append(resident)
-            free += resident.memory_bytes if resident.device == device else 0
+            free += resident.memory_bytes if _meet(resident.device, device) else 0
             places += 1
     if free < need or places < 1:
         users = ", ".join(sorted({r.name for r in residents if r.left_at is None}))
@@ -72,6 +72,11 @@ def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
             f"there is no room for the model while these are in use: {users}; use one of them, or try again later",
         )
     return found
+
+
+def _meet(one: str, other: str) -> bool:
+    """Say whether models on these devices take memory from each other; one on "cuda" is spread over all GPUs."""
+    return one == other or ("cuda" in (one, other) and one.startswith("cuda") and other.startswith("cuda"))
 
 
 def _left_at(resident: Resident) -> float:

@@ -102,6 +102,8 @@ async def running(
     options = LoadOptions(
         dtype,
         config.device,
+        config.quantization,
+        config.offload,
         kv_memory=config.kv_memory,
         threads=config.threads,
         decode=config.decode,

@@ -12,6 +12,8 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "model": ("wsserver/echo", "wsserver/echo"),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
+    "quantization": ("nf4", "nf4"),
+    "offload": ("on", True),
     "max_active": ("3", 3),
     "memory": ("20GB", 20 * 10**9),
     "kv_memory": ("1.5GiB", 3 << 29),
@@ -34,6 +36,8 @@ BAD = [
     ("device", ""),
     ("dtype", "float8"),
     ("dtype", "FLOAT32"),
+    ("quantization", "int4"),
+    ("offload", "yes"),
     ("memory", "half"),
     ("keep_alive", "-1"),
     ("keep_alive", "forever"),
@@ -68,7 +72,7 @@ def variable(name: str) -> str:
 
 
 def written(default: object) -> str:
-    return {None: "auto", (): "none"}.get(default, str(default))  # type: ignore[call-overload, no-any-return]
+    return {None: "auto", (): "none", False: "off"}.get(default, str(default))  # type: ignore[call-overload, no-any-return]
 
 
 def refused(arguments: Sequence[str], environment: Mapping[str, str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -49,7 +49,6 @@ ANSWERED_WITH_ERROR = [
     ('{"type":"generate","id":"running","prompt":"again"}', "duplicate_id", "$.id"),
     ('{"type":"init","id":"running"}', "duplicate_id", "$.id"),
     ('{"type":"generate","id":"running","prompt":"a","messages":[]}', "bad_message", "$.messages"),
-    ('{"type":"init","id":"running","quantization":"nf4"}', "unsupported", "$.quantization"),
     ('{"type":"cancel","id":"nobody"}', "not_active", "$.id"),
 ]
 

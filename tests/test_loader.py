@@ -180,7 +180,7 @@ def test_the_dtype_is_the_one_asked_for_and_auto_the_one_that_is_fast_on_this_cp
     [
         ("eager", PagedRunner, []),
         ("compiled", CompiledRunner, []),
-        ("graph", PagedRunner, ["decodes eagerly: graphs need a CUDA device, and Triton"]),
+        ("graph", PagedRunner, ["decodes eagerly: graphs need one CUDA device, and Triton"]),
     ],
 )
 def test_a_cpu_decodes_as_asked_or_says_why_not(folder: Path, decode: str, kind: type[PagedRunner], notes: list[str]):
@@ -480,7 +480,7 @@ def test_a_device_without_memory_for_the_model_is_told(folder: Path, monkeypatch
     def full(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has ...")
 
-    monkeypatch.setattr(torch.nn.Module, "to", full)
+    monkeypatch.setattr(torch.Tensor, "to", full)
     with pytest.raises(Refused, match=r"not enough memory .* smaller dtype") as refused:
         load(folder, CPU, silent)
     assert refused.value.reason == "load_failed"

@@ -1,7 +1,9 @@
 """How a model will be loaded, settled before it is: nothing is left open, and what it takes is told beforehand."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from LLM._base_model_handler import LoadOptions
 from LLM.errors import Refused
 from LLM.loader import load
 from LLM.placement import CPU_KV_MEMORY, memory_of, plan
+from LLM.room import SHARE
 
 CPU = LoadOptions(device="cpu")
 
@@ -41,6 +44,70 @@ def test_what_a_load_takes_is_told_within_a_tenth(default_model_folder: Path, dt
 def test_the_kv_cache_counts(default_model_folder: Path):
     default, small = (plan(default_model_folder, replace(CPU, kv_memory=size)).memory_bytes for size in (None, 0))
     assert default - small == CPU_KV_MEMORY
+
+
+GPU_BYTES = 200 << 20  # less than the default model takes as float32 with its KV cache
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Pretend to have so many GPUs."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=GPU_BYTES))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (100 << 20, GPU_BYTES))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "offload", "device", "room"),
+    [
+        (1, "auto", False, "cuda:0", GPU_BYTES),
+        (4, "auto", False, "cuda", 4 * GPU_BYTES),
+        (4, "cuda", False, "cuda", 4 * GPU_BYTES),
+        (4, "cuda:2", False, "cuda:2", GPU_BYTES),
+        (1, "auto", True, "cuda", GPU_BYTES + (1 << 30)),
+        (4, "auto", True, "cuda", 4 * GPU_BYTES + (1 << 30)),
+        (4, "cpu", True, "cpu", 1 << 30),
+    ],
+)
+def test_a_model_too_large_for_a_gpu_is_spread_over_all_and_the_cpu_only_if_that_is_allowed(
+    default_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gpus: Callable[[int], None],
+    count: int,
+    asked: str,
+    offload: bool,
+    device: str,
+    room: int,
+):
+    gpus(count)
+    (tmp_path / "limit").write_text(str(1 << 30))
+    monkeypatch.setattr(placement, "CGROUP_LIMITS", [str(tmp_path / "limit")])
+    options = LoadOptions("float32", asked, offload=offload, kv_memory=64 << 20)
+    found = plan(default_model_folder, options)
+    assert (found.options.device, found.device_bytes) == (device, room)
+    assert plan(default_model_folder, found.options) == found
+
+
+def test_a_model_that_fits_a_gpu_stays_there(
+    default_model_folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: Callable[[int], None]
+):
+    gpus(4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=80 << 30))
+    assert plan(default_model_folder, LoadOptions(offload=True)).options.device == "cuda:0"
+
+
+def test_each_gpus_share_leaves_room_for_its_part_of_the_kv_cache(gpus: Callable[[int], None]):
+    gpus(4)
+    options = LoadOptions("float32", "cuda", kv_memory=64 << 20)
+    each = int((100 << 20) * SHARE) - (16 << 20)
+    assert placement.shares(options) == {0: each, 1: each, 2: each, 3: each}
+    assert placement.shares(replace(options, offload=True))["cpu"] == int(memory_of(torch.device("cpu")) * SHARE)
 
 
 def test_a_device_that_is_not_there_is_refused(default_model_folder: Path):

@@ -88,3 +88,11 @@ def test_without_a_word_from_the_operator_nine_tenths_of_the_device_are_to_be_ha
 def test_sizes_are_told_in_words() -> None:
     with pytest.raises(Refused, match=r"takes 3\.5 GiB .* may take 1\.0 MiB on cuda:1"):
         leaving(plan(7 * GIB // 2, "cuda:1"), [], 1 << 20)
+
+
+def test_a_model_on_all_gpus_and_one_on_a_gpu_take_memory_from_each_other() -> None:
+    idle = Someone("idle", "cuda:1", 60, left_at=1.0)
+    assert leaving(plan(70, "cuda"), [idle], 100) == [idle]
+    assert leaving(plan(70, "cuda:1"), [Someone("spread", "cuda", 60, left_at=1.0)], 100)
+    assert leaving(plan(70, "cuda:0"), [idle], 100) == []
+    assert leaving(plan(70, "cpu"), [Someone("spread", "cuda", 60, left_at=1.0)], 100) == []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -36,7 +37,7 @@ from transformers import (
 )
 
 from LLM.engine import runner as runner_module
-from LLM.engine.attention import PagedCache
+from LLM.engine.attention import PagedCache, Row, Step
 from LLM.engine.kv_cache import BlockPool
 from LLM.engine.pacing import Pacing
 from LLM.engine.request import GenerationRequest, Sampling
@@ -283,7 +284,7 @@ def test_drawn_tokens_are_the_same_beside_any_neighbours(order: int):
 def test_bytes_per_token_and_memory_are_those_of_the_tensors(dtype: torch.dtype):
     model = make(FAMILIES["llama"], dtype)
     layers, keys_and_values, kv_heads, dim = 2, 2, 2, 8
-    token_bytes = page(model)
+    token_bytes = page(model)[torch.device("cpu")]
     assert token_bytes == layers * keys_and_values * kv_heads * dim * dtype.itemsize
     runner = PagedRunner(model, PagedCache(6, BLOCK_SIZE))
     unique = sum(p.numel() * p.element_size() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
@@ -297,6 +298,36 @@ def test_weights_that_are_tied_count_once():
     tied, untied = (make(config(LlamaConfig, tie_word_embeddings=tie)) for tie in (True, False))
     table = SIZES["vocab_size"] * SIZES["hidden_size"] * 4
     assert runner_module.weight_bytes(untied) - runner_module.weight_bytes(tied) == table
+
+
+def test_a_model_whose_layers_move_their_inputs_runs_as_it_does_without():
+    stock, spread = (make(FAMILIES["gemma3"]) for _ in range(2))
+    # What accelerate does to a model that it spreads over devices; here there is one.
+    dispatch_model(spread, {"": "cpu"}, force_hooks=True)
+    moved: list[torch.device] = []
+
+    class Watched(Step):
+        def to(self, device: Any, non_blocking: bool = False) -> Step:
+            moved.append(torch.device(device))
+            return super().to(device, non_blocking)
+
+    expected = Run(paged(stock), [request("short"), request("long")]).texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner_module, "Step", Watched)
+        assert Run(paged(spread), [request("short"), request("long")]).texts == expected
+    assert set(moved) == {torch.device("cpu")}
+
+
+def test_a_step_goes_to_another_device_once_with_all_that_attention_reads():
+    slots, blocks = torch.arange(3), torch.tensor([5, 3])
+    step = Step(PagedCache(10, BLOCK_SIZE), slots, [Row(0, 2, 2, blocks), Row(2, 3, 30, blocks)])
+    there = step.to("meta", non_blocking=True)
+    assert there is step.to(torch.device("meta"))
+    assert there.to("meta") is there
+    assert step.to("cpu") is step
+    assert there.cache is step.cache
+    assert {there.slots.device.type, *(row.blocks.device.type for row in there._rows)} == {"meta"}
+    assert [(row.first, row.last, row.length) for row in there._rows] == [(0, 2, 2), (2, 3, 30)]
 
 
 def test_warming_up_changes_no_text():

@@ -58,6 +58,8 @@ async def serve(config: Config) -> None:
     options = LoadOptions(
         config.dtype,
         config.device,
+        config.quantization,
+        config.offload,
         kv_memory=config.kv_memory,
         threads=config.threads,
         decode=config.decode,

@@ -17,6 +17,9 @@ the usual Hugging Face layout, named by <vendor>/<model>. The messages are descr
 protocol.md; "wsserver schema" prints their JSON Schema.
 """
 
+# How a default is written that is no word or number.
+IN_WORDS: dict[Any, str] = {None: "auto", (): "none", False: "off"}
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -27,6 +30,8 @@ class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "none"
+    offload: bool = False
     max_active: int = 8
     memory: int | None = None
     kv_memory: int | None = None
@@ -61,13 +66,13 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         default="serve",
         help="serve models (what happens if nothing is said), or print the JSON Schema of all messages",
     )
-    defaults = {f.name: f.default for f in fields(Config)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(Config)}
 
     def option(name: str, help: str, **details: Any) -> None:
         key = name.replace("-", "_")
         # argparse runs a string default through `type`, so a bad value in the environment is refused like a bad option.
         default = environment.get(f"WSSERVER_{key.upper()}", defaults[key])
-        shown = "auto" if defaults[key] is None else "none" if defaults[key] == () else defaults[key]
+        shown = IN_WORDS.get(defaults[key], defaults[key])
         parser.add_argument(f"--{name}", default=default, help=f"{help} (default: {shown})", **details)
 
     option("host", "address to listen on", metavar="ADDRESS")
@@ -84,6 +89,18 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "precision: auto is the model's own on a GPU; on a CPU bfloat16 where both have it, else float32",
         type=_dtype,
         metavar="DTYPE",
+    )
+    option(
+        "quantization",
+        "how models are quantised while they are loaded: none, int8, nf4, fp4; the last two take a quarter of the memory",
+        type=_quantization,
+        metavar="HOW",
+    )
+    option(
+        "offload",
+        "whether a model that the GPUs have no room for may lie in the CPU's memory in part, and be slow: on, off",
+        type=_offload,
+        metavar="ON",
     )
     option("max-active", "generations that run at once on a model; more wait in line", type=_positive, metavar="N")
     option(
@@ -183,6 +200,14 @@ def _device(text: str) -> str:
 
 def _dtype(text: str) -> str:
     return _choice(text, protocol.CHOICES["dtype"])
+
+
+def _quantization(text: str) -> str:
+    return _choice(text, protocol.CHOICES["quantization"])
+
+
+def _offload(text: str) -> bool:
+    return _choice(text, ("on", "off")) == "on"
 
 
 def _decode(text: str) -> str:

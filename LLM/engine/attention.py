@@ -8,7 +8,7 @@ https://huggingface.co/docs/transformers/attention_interface.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +42,15 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         """How much memory it takes, in all layers that have written."""
-        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer)
+        return sum(self.nbytes_by_device.values())
+
+    @property
+    def nbytes_by_device(self) -> dict[torch.device, int]:
+        """How much memory it takes on each device that layers are on."""
+        found: dict[torch.device, int] = {}
+        for tensor in (tensor for layer in self._layers.values() for tensor in layer):
+            found[tensor.device] = found.get(tensor.device, 0) + tensor.nbytes
+        return found
 
     def layer(self, index: int, key: Tensor, value: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """Give a layer's keys and values, made for tokens like `key` and `value`, [tokens, kv heads, head dimension]."""
@@ -112,11 +120,23 @@ class Step:
     def __init__(self, cache: PagedCache, slots: Tensor, rows: Sequence[Row]) -> None:
         self.cache = cache
         self.slots = slots
+        self._rows = rows
         self._chunks = [row for row in rows if row.last - row.first > 1]
         self._streams = [row for row in rows if row.last - row.first == 1]
         # Every layer asks for the same ones; they grow with the lengths, so none outlives the step.
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
         self._groups: dict[int | None, list[Group]] = {}
+        self._elsewhere: dict[torch.device, Step] = {}
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Step":
+        """Give the step for layers on another device; accelerate calls this where a model is spread over several."""
+        device = torch.device(device)
+        if device == self.slots.device:
+            return self
+        if device not in self._elsewhere:
+            rows = [replace(row, blocks=row.blocks.to(device, non_blocking=non_blocking)) for row in self._rows]
+            self._elsewhere[device] = Step(self.cache, self.slots.to(device, non_blocking=non_blocking), rows)
+        return self._elsewhere[device]
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None, softcap: float | None

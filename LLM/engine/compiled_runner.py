@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from LLM.engine.attention import PagedCache, attending
-from LLM.engine.fuse import ROUGH_TOLERANCE, TOLERANCE
 from LLM.engine.fused_modules import PackedLinear
 from LLM.engine.request import GenerationRequest
+from LLM.engine.rounding import relative_error, tolerance
 from LLM.engine.runner import PagedRunner
 from LLM.engine.sequence import Sequence, Slice
 
@@ -33,7 +33,7 @@ class CompiledRunner(PagedRunner):
         sequence = Sequence(GenerationRequest("compile", (0, 1), 1), blocks=[0])
         token = [Slice(sequence, 1, 2)]
         self.forward([Slice(sequence, 0, 1)], [0])
-        expected = self.forward(token, [0]).float()
+        expected = self.forward(token, [0])
         packed = [part for part in model.modules() if isinstance(part, PackedLinear)]
         try:
             self._one_row_bytes = sum(part.pack_for_one_row() for part in packed)
@@ -46,8 +46,8 @@ class CompiledRunner(PagedRunner):
                 isolate_recompiles=True,
                 options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
             )
-            error = float((self.forward(token, [0]).float() - expected).norm() / expected.norm())
-            if not error <= TOLERANCE.get(model.dtype, ROUGH_TOLERANCE):
+            error = relative_error(self.forward(token, [0]), expected)
+            if not error <= tolerance(model):
                 raise ValueError(f"the logits differ by {error:.1e}")
         except Exception as error:  # the compiler's own, of many kinds
             log.warning("decoding eagerly, because the model could not be compiled", exc_info=True)

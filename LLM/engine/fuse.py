@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from LLM.engine.fused_modules import ATTENTION_FUNCTIONS, FusedAttention, GatedMLP, HeadNorm, PackedLinear, RMSNorm
+from LLM.engine.rounding import FLOAT32, relative_error, tolerance
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +29,6 @@ QKV, ATTENTION, HEAD_NORMS = ("q_proj", "k_proj", "v_proj"), {"q_proj", "k_proj"
 GATE_UP, MLP = ("gate_proj", "up_proj"), {"gate_proj", "up_proj", "down_proj", "act_fn"}
 RECORDER = "wsserver_recorder"
 PROBE = 8  # tokens of the forward pass that every fusion is checked by
-# Relative errors of logits. Another order of additions gives 1e-5 in float32; a 16-bit type rounds after every operation,
-# and what is rounded elsewhere moves the logits of thirty layers by 3e-2, about as far as they are from float32's.
-TOLERANCE = {torch.float32: 1e-4}
-ROUGH_TOLERANCE = 5e-2
 MODULE_TOLERANCE = 1e-2  # of one norm, or one attention's heads, in a 16-bit type
 
 
@@ -81,11 +78,11 @@ def _holds(name: str, fusion: Fusion, model: Any, expected: Tensor) -> bool:
         undo.extend(fusion(model))
         if not undo:
             return False
-        error = float((_logits(model) - expected).norm() / expected.norm())
+        error = relative_error(_logits(model), expected)
     except Exception:  # in another's code
         log.warning("the model does not run with fused %s", name, exc_info=True)
         error = torch.inf
-    if error <= TOLERANCE.get(model.dtype, ROUGH_TOLERANCE):
+    if error <= tolerance(model):
         return True
     log.warning("fused %s change the model's logits by %.1e, so they are undone", name, error)
     for step in reversed(undo):
@@ -196,10 +193,10 @@ def _attention(own: nn.Module, call: Call) -> FusedAttention | None:
     # What one does otherwise may hardly show in the logits of a few tokens.
     try:
         heads = fused.heads(*call.arguments, **call.named)
-        errors = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(heads, call.heads, strict=True)]
+        errors = [relative_error(ours, theirs) for ours, theirs in zip(heads, call.heads, strict=True)]
     except (RuntimeError, TypeError):
         return None
-    return fused if max(errors) <= TOLERANCE.get(heads[0].dtype, MODULE_TOLERANCE) else None
+    return fused if max(errors) <= _module_tolerance(heads[0].dtype) else None
 
 
 def _head_norm(of_queries: nn.Module, of_keys: nn.Module, size: int, queries: int, keys: int) -> HeadNorm | None:
@@ -255,13 +252,16 @@ def _rms_norm(norm: nn.Module) -> RMSNorm | None:
         return None
     # So small that epsilon matters too.
     probe = torch.linspace(-2e-3, 3e-3, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
-    expected = norm(probe).float()
+    expected = norm(probe)
     for scale in (weight, 1 + weight):
         fused = RMSNorm(scale, eps)
-        error = (fused(probe).float() - expected).norm() / expected.norm()
-        if error <= TOLERANCE.get(weight.dtype, MODULE_TOLERANCE):
+        if relative_error(fused(probe), expected) <= _module_tolerance(weight.dtype):
             return fused
     return None
+
+
+def _module_tolerance(dtype: torch.dtype) -> float:
+    return FLOAT32 if dtype == torch.float32 else MODULE_TOLERANCE
 
 
 def _can_be_packed(module: object) -> bool:

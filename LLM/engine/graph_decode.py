@@ -16,16 +16,13 @@ from torch import Tensor
 from LLM.engine.attention import PagedCache
 from LLM.engine.paged_decode import paged_decode
 from LLM.engine.request import GenerationRequest
+from LLM.engine.rounding import tolerance
 from LLM.engine.sequence import Sequence, Slice
 
 log = logging.getLogger(__name__)
 
 LARGEST = 64  # rows
 PROBE = 24  # tokens that every recording is checked by: more than a block
-
-# Relative errors of logits that another order of additions may cause; the others round after every operation.
-TOLERANCE = {torch.float32: 1e-4}
-ROUGH_TOLERANCE = 5e-2
 
 # The columns of the numbers of a step; the block table takes the rest.
 TOKEN, POSITION, TABLE = 0, 1, 2
@@ -201,7 +198,7 @@ class GraphDecoder:
             for n in range(PROBE):
                 found = self.forward([Slice(sequence, n, n + 1)] * rows).float().cpu()
             errors = (found - expected).norm(dim=-1) / expected.norm()
-            if not errors.max() < TOLERANCE.get(self._model.dtype, ROUGH_TOLERANCE):
+            if not errors.max() < tolerance(self._model):
                 self._fails(rows, f"differs from the eager step by {errors.max():.1e}")
 
     def _try_to_record(self, rows: int) -> None:

@@ -4,7 +4,7 @@ A runner is what the engine thread calls. This one serves every model whose atte
 interface; `plain_runner.py` has the one for the others, and the echo model one of its own, without tensors.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from LLM.engine.attention import NAME, DoesNotFit, PagedCache, Row, Step
 from LLM.engine.request import GenerationRequest, Sampled
+from LLM.engine.rounding import relative_error, tolerance
 from LLM.engine.sampler import Drawn, sample
 from LLM.engine.sequence import Sequence, Slice
 
@@ -125,11 +126,24 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 def weight_bytes(model: Any) -> int:
-    """Give the memory of a model's weights; tied ones count once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Give the memory of a model's weights, with the scales of those that are quantised; tied ones count once."""
+    tensors = [*model.parameters(), *model.buffers(), *_scales(model)]
     # Tied ones share their storage, merged ones too. What oneDNN has packed tells no storage, and is nobody else's.
-    shared = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_mkldnn}
-    return sum([*shared.values(), *(t.nbytes for t in tensors if t.is_mkldnn)])
+    # What lies in the CPU's memory until a GPU needs it has none here either.
+    lone = [t for t in tensors if t.is_mkldnn or t.is_meta]
+    shared = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not (t.is_mkldnn or t.is_meta)
+    }
+    return sum([*shared.values(), *(t.nbytes for t in lone)])
+
+
+def _scales(model: Any) -> Iterator[Tensor]:
+    # Where bitsandbytes keeps them: its layers of 4 bits in the weight's state, those of 8 in their own.
+    for module in model.modules():
+        for state in (getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)):
+            for scale in (getattr(state, "absmax", None), getattr(state, "SCB", None)):
+                if isinstance(scale, Tensor):
+                    yield scale
 
 
 class Probe:
@@ -140,8 +154,8 @@ class Probe:
         vocabulary = model.config.get_text_config().vocab_size
         self._ids = tuple((7919 * i + 11) % vocabulary for i in range(PROBE[-1]))
         ids = torch.tensor([self._ids], device=model.device)
-        self._expected = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        self._tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+        self._expected = model(input_ids=ids, use_cache=False).logits[0, -1]
+        self._tolerance = tolerance(model)
 
     @torch.inference_mode()
     def compare(self, forward: Callable[[Slice], Tensor], blocks: list[int]) -> None:
@@ -152,14 +166,14 @@ class Probe:
         """
         sequence = Sequence(GenerationRequest("probe", self._ids, 1), blocks=blocks)
         for start, stop in zip((0, *PROBE), PROBE, strict=False):
-            found = forward(Slice(sequence, start, stop)).float()
-        error = float((found - self._expected).norm() / self._expected.norm())
+            found = forward(Slice(sequence, start, stop))
+        error = relative_error(found, self._expected)
         if not error < self._tolerance:
             raise DoesNotFit(f"a text in parts gives logits that differ from those of the whole by {error:.1e}")
 
 
-def page(model: Any) -> int:
-    """Make a model attend over a paged cache, and give the bytes that one of its tokens takes there.
+def page(model: Any) -> dict[torch.device, int]:
+    """Make a model attend over a paged cache, and give the bytes that one of its tokens takes there, on each device.
 
     Raises:
         DoesNotFit: the model does not do there what it does with its own attention, which it has again.
@@ -178,7 +192,7 @@ def page(model: Any) -> int:
         if ran_out_of_memory(error):
             raise
         raise DoesNotFit(in_words(error)) from error
-    return cache.nbytes // (cache.blocks * cache.block_size)
+    return {device: size // (cache.blocks * cache.block_size) for device, size in cache.nbytes_by_device.items()}
 
 
 def in_words(error: Exception) -> str:
