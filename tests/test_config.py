@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from wsserver.config import Config, parse
+from wsserver.config import COMMANDS, Config, parse
 
 # Every option, with a value that is not its default, as it is written and as it is read.
 OPTIONS: dict[str, tuple[str, object]] = {
@@ -123,8 +123,10 @@ def test_a_size_is_read_in_its_unit(text: str, size: int) -> None:
     assert parse(["--kv-memory", text], {})[1].kv_memory == size
 
 
-def test_the_schema_is_a_command_of_its_own() -> None:
-    assert parse(["schema"], {})[0] == "schema"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_stands_before_or_behind_its_options(command: str) -> None:
+    for arguments in ([command, "--port", "0"], ["--port", "0", command]):
+        assert parse(arguments, {}) == (command, Config(port=0))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -189,3 +191,4 @@ def test_help_tells_every_option_with_its_default_and_the_environment(
         (told,) = [line for line in lines if line.startswith(flag(name)[2:] + " ") and "default" in line]
         assert f"(default: {written(getattr(Config(), name))})" in told
     assert any("WSSERVER_MAX_ACTIVE" in line for line in lines)
+    assert all(f"{name}: {what}" in lines[0] + lines[1] for name, what in COMMANDS.items())

@@ -24,7 +24,7 @@ from tests.conftest import ECHO, Client, eventually
 from tests.scripted import ScriptedModel, closing_code, put
 from wsserver import __main__ as main_module
 from wsserver import protocol
-from wsserver.config import Config
+from wsserver.config import COMMANDS, Config
 from wsserver.server import Server
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +221,10 @@ async def test_a_bad_option_is_told_with_the_usage(tmp_path: Path):
 
 
 # Other commands.
+
+
+def test_every_command_does_something():
+    assert main_module.COMMANDS.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("command", [COMMAND, [str(Path(sys.executable).parent / "wsserver")]], ids=["module", "installed"])

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 
 import orjson
@@ -31,21 +31,33 @@ log = logging.getLogger("wsserver")
 def main() -> None:
     """Run the command line."""
     command, config = parse(sys.argv[1:])
-    if command == "schema":
-        sys.stdout.write(orjson.dumps(protocol.schema(), option=orjson.OPT_INDENT_2).decode() + "\n")
-        return
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(max(logging.WARNING, logging.root.level))
     try:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(serve(config))
-    except OSError as error:
-        sys.exit(f"wsserver: {error}; choose another address with --host and --port")
+        COMMANDS[command](config)
     except Refused as refused:
         # What is a field of init to a client is an option of the same name here.
         option = f"--{refused.field}: " if refused.field else ""
         hint = "; `make install` fetches the default one" if refused.reason == "model_not_found" else ""
         sys.exit(f"wsserver: {option}{refused.message}{hint}")
+
+
+def run_server(config: Config) -> None:
+    """Serve until a signal comes; an address that cannot be listened on is told in one line."""
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(serve(config))
+    except OSError as error:
+        sys.exit(f"wsserver: {error}; choose another address with --host and --port")
+
+
+def print_schema(config: Config) -> None:
+    """Print the JSON Schema of all messages."""
+    _say(orjson.dumps(protocol.schema(), option=orjson.OPT_INDENT_2).decode())
+
+
+# What each command of `wsserver.config.COMMANDS` does.
+COMMANDS: Mapping[str, Callable[[Config], None]] = {"serve": run_server, "schema": print_schema}
 
 
 async def serve(config: Config) -> None:

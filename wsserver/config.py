@@ -9,6 +9,11 @@ from typing import Any
 
 from wsserver import protocol
 
+# What can be asked for; what each of them does is said in __main__.py.
+COMMANDS = {
+    "serve": "serve models, which is what happens if nothing is said",
+    "schema": "print the JSON Schema of all messages",
+}
 DESCRIPTION = "Streams a language model's tokens over a WebSocket, with a stop button that really stops."
 EPILOG = """\
 Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE,
@@ -45,7 +50,7 @@ class Config:
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, Config]:
-    """Give the command, "serve" or "schema", and the settings; exits with a message for what cannot be."""
+    """Give the command, one of `COMMANDS`, and the settings; exits with a message for what cannot be."""
     parser = _parser(environment)
     values = vars(parser.parse_args(arguments))
     command: str = values.pop("command")
@@ -62,9 +67,9 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("serve", "schema"),
+        choices=COMMANDS,
         default="serve",
-        help="serve models (what happens if nothing is said), or print the JSON Schema of all messages",
+        help="; ".join(f"{name}: {what}" for name, what in COMMANDS.items()),
     )
     defaults: dict[str, Any] = {f.name: f.default for f in fields(Config)}
 
