@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "model": ("wsserver/echo", "wsserver/echo"),
+    "models": ("tests", Path("tests")),
     "device": ("cuda:1", "cuda:1"),
     "dtype": ("bfloat16", "bfloat16"),
     "quantization": ("nf4", "nf4"),
@@ -31,6 +33,9 @@ BAD = [
     ("port", "1.5"),
     ("port", "-1"),
     ("port", "65536"),
+    ("models", ""),
+    ("models", "/no/such/folder"),
+    ("models", "pyproject.toml"),
     ("device", "gpu"),
     ("device", "cuda:"),
     ("device", ""),
@@ -93,6 +98,7 @@ def test_without_arguments_the_defaults_are_served() -> None:
         host="127.0.0.1",
         port=41443,
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        models=None,
         device="auto",
         dtype="auto",
         max_active=8,
@@ -110,9 +116,9 @@ def test_without_arguments_the_defaults_are_served() -> None:
     assert parse(["serve"], {"WSSERVER_UNKNOWN": "x", "PORT": "1", "HOST": "h"}) == ("serve", expected)
 
 
-@pytest.mark.parametrize("name", ["memory", "kv_memory", "keep_alive", "threads"])
+@pytest.mark.parametrize("name", ["models", "memory", "kv_memory", "keep_alive", "threads"])
 def test_auto_may_be_said(name: str) -> None:
-    assert getattr(parse([flag(name), "auto"], {variable(name): "1"})[1], name) is None
+    assert getattr(parse([flag(name), "auto"], {variable(name): OPTIONS[name][0]})[1], name) is None
 
 
 @pytest.mark.parametrize(

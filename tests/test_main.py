@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 
 from LLM.errors import Refused
 from LLM.model_service import ModelService
-from tests.conftest import ECHO, Client, eventually
+from tests.conftest import ECHO, Client, add_folder, eventually
 from tests.scripted import ScriptedModel, closing_code, put
 from wsserver import __main__ as main_module
 from wsserver import protocol
@@ -238,6 +238,28 @@ async def test_schema_prints_the_json_schema_of_all_messages(tmp_path: Path, com
     jsonschema.validate({"type": "generate", "prompt": "hi"}, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"type": "generate", "prompt": 5}, schema)
+
+
+async def test_models_lists_what_there_is_and_torch_is_not_imported_for_folders_that_cannot_be_loaded(tmp_path: Path):
+    add_folder(tmp_path, "acme/broken")
+    (tmp_path / "model_srv_acme_other.py").write_text("1 / 0")
+    listing = [sys.executable, "-X", "importtime", "-m", "wsserver", "models", "--models", str(tmp_path)]
+    async with process(tmp_path, *listing) as running:
+        printed, _ = await running.process.communicate()
+        assert await running.process.wait() == 0
+        imported = {line.rpartition("|")[2].strip() for line in running.stderr.splitlines()}
+        assert "ZeroDivisionError: division by zero" in running.stderr
+    assert [line.split()[0] for line in printed.decode().splitlines()] == ["MODEL", "acme/broken", ECHO]
+    assert {name for name in imported if name.partition(".")[0] in ("torch", "transformers", "numpy")} == set()
+
+
+async def test_models_may_lie_in_another_folder(tmp_path: Path):
+    code, stderr = await failed(tmp_path, "--models", str(tmp_path), "--port", "0")
+    assert code == 1
+    # The default model is not there: what would put it into its usual folder is no help.
+    assert stderr == f"wsserver: --model: this server has no such model; it has: {ECHO}\n"
+    async with serving(tmp_path, "--models", str(tmp_path)) as running, running.client() as client:
+        assert (await client.generate(prompt="hi"))["joined"] == "hi"
 
 
 async def test_help_names_every_option_and_the_environment(tmp_path: Path):

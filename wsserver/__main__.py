@@ -14,8 +14,10 @@ from handlers import dispatcher
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
+from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import Description, ModelSpec, Waiter
 from LLM.model_service import Keeping, ModelService
+from LLM.model_table import table
 from wsserver import protocol
 from wsserver.config import Config, parse
 from wsserver.server import Server
@@ -38,7 +40,8 @@ def main() -> None:
     except Refused as refused:
         # What is a field of init to a client is an option of the same name here.
         option = f"--{refused.field}: " if refused.field else ""
-        hint = "; `make install` fetches the default one" if refused.reason == "model_not_found" else ""
+        fetched = refused.reason == "model_not_found" and config.models is None
+        hint = "; `make install` fetches the default one" if fetched else ""
         sys.exit(f"wsserver: {option}{refused.message}{hint}")
 
 
@@ -51,13 +54,18 @@ def run_server(config: Config) -> None:
         sys.exit(f"wsserver: {error}; choose another address with --host and --port")
 
 
+def print_models(config: Config) -> None:
+    """Print what is known of the models there are without loading one."""
+    _say(table(list_models(config.models or MODELS_ROOT), _load_options(config), config.memory))
+
+
 def print_schema(config: Config) -> None:
     """Print the JSON Schema of all messages."""
     _say(orjson.dumps(protocol.schema(), option=orjson.OPT_INDENT_2).decode())
 
 
 # What each command of `wsserver.config.COMMANDS` does.
-COMMANDS: Mapping[str, Callable[[Config], None]] = {"serve": run_server, "schema": print_schema}
+COMMANDS: Mapping[str, Callable[[Config], None]] = {"serve": run_server, "models": print_models, "schema": print_schema}
 
 
 async def serve(config: Config) -> None:
@@ -67,18 +75,8 @@ async def serve(config: Config) -> None:
         Refused: the default model is not there, or cannot be loaded.
         OSError: the address cannot be listened on.
     """
-    options = LoadOptions(
-        config.dtype,
-        config.device,
-        config.quantization,
-        config.offload,
-        kv_memory=config.kv_memory,
-        threads=config.threads,
-        decode=config.decode,
-        sequences=config.max_active,
-    )
     settings, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
-    models = ModelService(config.model, options, settings, keeping=keeping)
+    models = ModelService(config.model, _load_options(config), settings, config.models or MODELS_ROOT, keeping)
     asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
@@ -96,6 +94,19 @@ async def serve(config: Config) -> None:
         load.cancel()
         _say("stopping: running generations may finish")
         await server.drain()
+
+
+def _load_options(config: Config) -> LoadOptions:
+    return LoadOptions(
+        config.dtype,
+        config.device,
+        config.quantization,
+        config.offload,
+        kv_memory=config.kv_memory,
+        threads=config.threads,
+        decode=config.decode,
+        sequences=config.max_active,
+    )
 
 
 async def _load(models: ModelService, asked: Iterable[ModelSpec]) -> list[Description]:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from wsserver import protocol
@@ -12,14 +13,16 @@ from wsserver import protocol
 # What can be asked for; what each of them does is said in __main__.py.
 COMMANDS = {
     "serve": "serve models, which is what happens if nothing is said",
+    "models": "list the models there are, what each takes and whether that fits, without loading any",
     "schema": "print the JSON Schema of all messages",
 }
 DESCRIPTION = "Streams a language model's tokens over a WebSocket, with a stop button that really stops."
 EPILOG = """\
 Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE,
-and so on; the command line wins. Models are folders LLM/<vendor>/<model>/ in
-the usual Hugging Face layout, named by <vendor>/<model>. The messages are described in
-protocol.md; "wsserver schema" prints their JSON Schema.
+and so on; the command line wins. Models are folders <vendor>/<model>/ in the models'
+folder, in the usual Hugging Face layout, named by <vendor>/<model>; "wsserver models"
+lists them. The messages are described in protocol.md; "wsserver schema" prints their
+JSON Schema.
 """
 
 # How a default is written that is no word or number.
@@ -33,6 +36,7 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 41443
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    models: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "none"
@@ -83,6 +87,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     option("host", "address to listen on", metavar="ADDRESS")
     option("port", "port to listen on, 0 for any free one", type=_port, metavar="N")
     option("model", "model of a connection that asks for none", metavar="VENDOR/MODEL")
+    option(
+        "models",
+        "folder that holds the models, and drop-ins of your own; auto is LLM, where the server's own drop-ins are",
+        type=_folder,
+        metavar="DIR",
+    )
     option(
         "device",
         "where models run: auto, cpu, cuda, cuda:N; auto is the GPU if there is one",
@@ -179,6 +189,14 @@ def _size(text: str) -> int | None:
 
 def _keep_alive(text: str) -> float | None:
     return None if text == "auto" else _seconds(text)
+
+
+def _folder(text: str) -> Path | None:
+    if text == "auto":
+        return None
+    if not text or not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder; make it, and put models into it at <vendor>/<model>/")
+    return Path(text)
 
 
 def _names(text: str) -> tuple[str, ...]:
