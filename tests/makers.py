@@ -90,6 +90,24 @@ GEMMA_TEMPLATE = """\
     {{- (told if loop.first else "") + turn["content"] | trim + "<end_of_turn>\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<start_of_turn>model\n" }}{% endif %}"""
+TINY_TEMPLATE = """\
+{%- for turn in messages %}
+    {%- if turn["role"] == "system" %}{{ raise_exception("there is no system turn") }}{% endif %}
+    {{- "<|begin|>" + turn["role"] + "\\n" + turn["content"] + "<|end|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|begin|>assistant\\n" }}{% endif %}"""
+
+
+def tiny_folder(path: Path) -> Path:
+    """Make the folder of a Llama that is as small as can be, whose template knows no system turn."""
+    tokenizer = byte_tokenizer(["<|begin|>", "<|end|>"], [], TINY_TEMPLATE)
+    tokenizer.save_pretrained(path)
+    begin, end = tokenizer.convert_tokens_to_ids(["<|begin|>", "<|end|>"])
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), bos_token_id=begin, eos_token_id=end)
+    # Wider than usual, so that different contexts give clearly different logits.
+    config.initializer_range = 0.4
+    _weights(path, config)
+    return path
 
 
 def mistral_folder(path: Path) -> Path:

@@ -69,11 +69,11 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def process(tmp_path: Path, *command: str, **environment: str) -> AsyncIterator[Process]:
+async def process(tmp_path: Path, *command: str, cwd: Path = ROOT, **environment: str) -> AsyncIterator[Process]:
     stderr = tmp_path / "stderr"
     with stderr.open("wb") as file:
         started = await asyncio.create_subprocess_exec(
-            *command, stdout=asyncio.subprocess.PIPE, stderr=file, cwd=ROOT, env=os.environ | environment
+            *command, stdout=asyncio.subprocess.PIPE, stderr=file, cwd=cwd, env=os.environ | environment
         )
     try:
         yield Process(started, stderr)
