@@ -1,0 +1,146 @@
+"""Models that cannot be loaded, asked for over a real socket: who asks is told what to do, and the others are served on."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import makers
+from tests.conftest import running
+
+BAD, GOOD = "acme/bad", "acme/good"
+SETTINGS = {"device": "cpu", "dtype": "bfloat16", "kv_memory": 256 << 10, "memory": 1 << 20}
+Break = Callable[[Path], object]  # what is done to the models' folder before the server starts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    makers.tiny_folder(root / GOOD)
+    shutil.copytree(root / GOOD, root / BAD)
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "models"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def cut_in_half(root: Path) -> None:
+    weights = root / BAD / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def of_type(model_type: str | None) -> Break:
+    def change(root: Path) -> None:
+        config = json.loads((root / BAD / "config.json").read_text())
+        known = {name: value for name, value in config.items() if name not in ("model_type", "architectures")}
+        (root / BAD / "config.json").write_text(json.dumps(known | ({"model_type": model_type} if model_type else {})))
+
+    return change
+
+
+def without_tokenizer(root: Path) -> None:
+    for file in (root / BAD).glob("tokenizer*"):
+        file.unlink()
+
+
+def pickled(root: Path) -> None:
+    (root / BAD / "model.safetensors").rename(root / BAD / "pytorch_model.bin")
+
+
+def larger(root: Path) -> None:
+    tensors = load_file(root / BAD / "model.safetensors")
+    save_file(tensors | {"more": torch.zeros(1 << 19, dtype=torch.bfloat16)}, root / BAD / "model.safetensors")
+
+
+def linked(root: Path) -> None:
+    (root / BAD).rename(root.parent / "elsewhere")
+    (root / BAD).symlink_to(root.parent / "elsewhere")
+
+
+def drop_in(root: Path, name: str, text: str) -> None:
+    (root / f"{name}.py").write_text(f"from LLM._base_model_handler import BaseModelHandler\n{text}\n")
+
+
+def claimed_twice(root: Path) -> None:
+    for name in ("model_srv_one", "model_srv_two"):
+        drop_in(root, name, f"class ModelHandler(BaseModelHandler):\n    also_listed_as = ('{BAD}',)")
+
+
+def with_a_broken_drop_in(root: Path) -> None:
+    drop_in(root, "model_srv_acme_bad", "class ModelHandler(BaseModelHandler")
+
+
+CASES: dict[str, tuple[Break, str, str]] = {
+    "truncated weights": (cut_in_half, "load_failed", "ends too early; copy it anew"),
+    "no architecture": (of_type(None), "load_failed", "names no model_type; take the one that came with the weights"),
+    "an unknown architecture": (of_type("zork"), "load_failed", "a newer transformers may know its architecture"),
+    "no tokenizer": (without_tokenizer, "load_failed", "copy its tokenizer.json and tokenizer_config.json anew"),
+    "pickled weights": (pickled, "load_failed", "convert them to safetensors"),
+    "no memory": (larger, "load_failed", "raise --memory or lower --kv-memory"),
+    "a link to elsewhere": (linked, "load_failed", "can move the model itself there"),
+    "two drop-ins": (claimed_twice, "load_failed", "take away all but one of them"),
+    "a broken drop-in": (with_a_broken_drop_in, "load_failed", "can mend it and restart"),
+    "no folder": (lambda root: shutil.rmtree(root / BAD), "model_not_found", f"it has: {GOOD}, wsserver/echo"),
+}
+
+
+async def assert_told_and_others_served(root: Path, code: str, todo: str, meanwhile: Break = lambda root: None) -> None:
+    async with running(GOOD, root, **SETTINGS) as server, server.client() as client:
+        meanwhile(root)
+        for id in ("first", "again"):
+            await client.send(type="init", id=id, model=BAD)
+            error: dict[str, Any] = await client.until("ready", "error", id=id)
+            assert error.get("code") == code
+            assert todo in error["message"]
+            assert error["message"].isprintable()
+            assert not [word for word in (str(root.parent), ".py", "Error:", "Traceback") if word in error["message"]]
+        done = await client.generate(id="g", prompt="Why?", max_tokens=5, temperature=0, ignore_eos=True)
+        assert (done["finish_reason"], done["usage"]["completion_tokens"]) == ("length", 5)
+        assert [entry["id"] for entry in (await client.settle())["models"]] == [GOOD]
+
+
+async def test_the_folder_that_is_broken_below_can_be_loaded(root: Path):
+    async with running(BAD, root, **SETTINGS) as server, server.client() as client:
+        assert (await client.generate(id="g", prompt="Why?", max_tokens=5, ignore_eos=True))["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(("breaking", "code", "todo"), CASES.values(), ids=CASES)
+async def test_who_asks_for_a_model_that_cannot_be_loaded_is_told_what_to_do_and_others_are_served(
+    root: Path, breaking: Break, code: str, todo: str
+):
+    breaking(root)
+    await assert_told_and_others_served(root, code, todo)
+
+
+async def test_a_folder_that_is_gone_since_the_start_is_told(root: Path):
+    await assert_told_and_others_served(
+        root, "load_failed", "copy it anew", meanwhile=lambda root: shutil.rmtree(root / BAD)
+    )
+
+
+async def test_a_gpu_without_memory_is_told(root: Path, monkeypatch: pytest.MonkeyPatch):
+    full = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.") for _ in range(2)]
+    to = torch.nn.Module.to
+
+    def move(model: torch.nn.Module, *where: Any, **how: Any) -> torch.nn.Module:
+        if full:
+            raise full.pop()
+        return to(model, *where, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    await assert_told_and_others_served(root, "load_failed", "a smaller dtype may do, or fewer models beside it")
+    assert not full
