@@ -46,7 +46,7 @@ def find_drop_ins(root: Path) -> dict[str, DropIn]:
         path.stem: _imported(path, partial(importlib.import_module, f"LLM.{path.stem}"))
         for path in sorted(PACKAGE.glob("model_srv_*.py"))
     }
-    if root.resolve() == PACKAGE:
+    if root.resolve() == PACKAGE.resolve():
         return packaged
     own = {path.stem: _own(root, path, packaged.get(path.stem)) for path in sorted(root.glob("model_srv_*.py"))}
     return packaged | own

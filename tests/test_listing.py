@@ -157,6 +157,17 @@ def test_the_models_of_a_drop_in_that_cannot_be_imported_are_refused_and_the_log
     assert str(tmp_path / "model_srv_acme_tiny.py") in record.getMessage()
 
 
+def test_one_among_the_servers_own_that_cannot_be_imported_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drop_ins, "PACKAGE", tmp_path)
+    add_folder(tmp_path, "acme/tiny")
+    add_folder(tmp_path, "acme/other")
+    write(tmp_path, "model_srv_acme_tiny", "")  # it is not in the package, and so cannot be imported by name
+    listing = list_models(tmp_path)
+    assert (listing["acme/tiny"].problem, listing["acme/other"].problem) == (drop_ins.BROKEN, None)
+
+
 def test_an_operators_drop_in_takes_the_place_of_the_one_of_its_name(tmp_path: Path) -> None:
     add_folder(tmp_path, DEFAULT_MODEL)
     write(tmp_path, drop_in_name(DEFAULT_MODEL), "class ModelHandler(BaseModelHandler):\n    sampling = {'top_k': 7}\n")
