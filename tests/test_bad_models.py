@@ -134,13 +134,13 @@ async def test_a_folder_that_is_gone_since_the_start_is_told(root: Path):
 
 async def test_a_gpu_without_memory_is_told(root: Path, monkeypatch: pytest.MonkeyPatch):
     full = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.") for _ in range(2)]
-    to = torch.nn.Module.to
+    to = torch.Tensor.to
 
-    def move(model: torch.nn.Module, *where: Any, **how: Any) -> torch.nn.Module:
-        if full:
+    def move(tensor: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
+        if full and "device" in how:
             raise full.pop()
-        return to(model, *where, **how)
+        return to(tensor, *where, **how)
 
-    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(torch.Tensor, "to", move)
     await assert_told_and_others_served(root, "load_failed", "a smaller dtype may do, or fewer models beside it")
     assert not full
