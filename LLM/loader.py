@@ -39,8 +39,10 @@ except ModuleNotFoundError:  # Triton is not to be had on every platform
 
 log = logging.getLogger(__name__)
 
-# Weights are read one after the other, on the engine's thread: a load must not take the cores that others' streams need.
-os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+if not torch.cuda.is_available():
+    # Weights are read one after the other, on the engine's thread: a load must not take the cores that others' streams need.
+    # Where there is a GPU, transformers' threads bring them there several times faster.
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 GPU_KV_SHARE = 0.9  # of what the weights left free
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,21 +27,26 @@ class StoredWeight:
 
 
 class Reading:
-    """How far the reading is: in a stage of its own from the first weight on that is quantised as soon as it is read."""
+    """How far the reading is: in a stage of its own from the first weight on that is quantised as soon as it is read.
+
+    Several threads may read.
+    """
 
     def __init__(self, sizes: Mapping[str, int], quantised: Collection[str], progress: Progress) -> None:
         self._sizes = dict(sizes)  # of those not read yet
         self._quantised = frozenset(quantised)
         self._progress = progress
+        self._lock = Lock()
         self._stage, self._done = "weights", 0
         self._goal = sum(size for name, size in sizes.items() if name not in self._quantised)
 
     def has_read(self, name: str) -> None:
         """Tell that a tensor was read."""
-        if self._stage == "weights" and name in self._quantised:
-            self._stage, self._done, self._goal = "quantise", 0, sum(self._sizes.values())
-        self._done += self._sizes.pop(name, 0)
-        self._progress(self._stage, self._done / self._goal)
+        with self._lock:
+            if self._stage == "weights" and name in self._quantised:
+                self._stage, self._done, self._goal = "quantise", 0, sum(self._sizes.values())
+            self._done += self._sizes.pop(name, 0)
+            self._progress(self._stage, self._done / self._goal)
 
     def end(self) -> None:
         """Tell that nothing more will be read: a folder may hold what its model has no use for."""

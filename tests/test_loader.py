@@ -384,8 +384,13 @@ async def test_a_client_sees_in_the_status_how_much_the_kv_cache_holds(folder: P
 # Progress.
 
 
+@pytest.mark.parametrize("threads", ["one", "many"])
 @pytest.mark.parametrize("shard_size", ["1GB", "15KB"])
-def test_progress_grows_in_each_stage_and_the_weights_come_to_their_end(folder: Path, shard_size: str):
+def test_progress_grows_in_each_stage_and_the_weights_come_to_their_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shard_size: str, threads: str
+):
+    if threads == "many":
+        monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size=shard_size)
     if shard_size == "15KB":
         without("model.safetensors")(folder)
@@ -399,8 +404,14 @@ def test_progress_grows_in_each_stage_and_the_weights_come_to_their_end(folder: 
     assert weights[-1] == 1
 
 
+@pytest.mark.parametrize("threads", ["one", "many"])
 @pytest.mark.parametrize("stage", ["config", "weights", "warmup"])
-def test_what_progress_raises_ends_the_load_in_every_stage(folder: Path, stage: str):
+def test_what_progress_raises_ends_the_load_in_every_stage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str, threads: str
+):
+    if threads == "many":
+        monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+
     class GivenUp(Exception):
         pass
 
