@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ MIXTURES: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "min_p": 0.05, "repetition_penalty": 1.1, "logit_bias": {"0": -100, "5": 1.5}},
     {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "frequency_penalty": 0.7, "seed": 2, "logprobs": 0},
 )
+QUANTISED = ("int8", "nf4", "fp4")
 TURNS = 10
 QUESTIONS = ("What is a river?", "Tell me more.", "Why is that so?", "Give an example.", "And in winter?")
 
@@ -70,6 +72,20 @@ async def load_beside(plan: Plan) -> list[Row]:
     return [compared("load_beside", worst, medians, note=f"a load of {found[0][2]:.1f} s")]
 
 
+async def quantised(plan: Plan) -> list[Row]:
+    """Measure one stream of a quantised model against the same model as bfloat16, and what their weights take."""
+    side = partial(SIDES["wsserver"], plan.setting(dtype="bfloat16"))
+    runs = await alternate({"wsserver": Variant(side, partial(_at_each_precision, plan.pick(128, 16)))}, plan.rounds)
+    if not (found := runs.found.get("wsserver")):
+        return [Row("quantised.nf4", note=runs.why_not("wsserver"))]
+    rows = []
+    for kind in QUANTISED:
+        ours, theirs = ([speed for each in found for speed in each[name][0]] for name in (kind, "none"))
+        sizes = [found[0][name][1] / (1 << 20) for name in (kind, "none")]
+        rows.append(compared(f"quantised.{kind}", ours, theirs, note="weights of {:.0f} MiB, else {:.0f}".format(*sizes)))
+    return rows
+
+
 async def chat(plan: Plan) -> list[Row]:
     """Count the tokens that a conversation of ten turns prefills, over its length in the end."""
     side = partial(SIDES["wsserver"], plan.setting())
@@ -96,12 +112,36 @@ async def _beside_load(side: Side) -> tuple[float, float, float]:
     """Give the stream's worst gap while the model is loaded once more, its median gap before, and the load's seconds."""
     assert isinstance(side, WebSocketSide)
     client = await Client.connect(side.url)
-    return await _beside(side, _load(client))
+    return await _beside(side, _load(client, dtype="bfloat16"))
 
 
-async def _load(client: Client) -> float:
-    """Load the model in another precision; give the seconds that took."""
-    began = await client.send(type="init", id="load", dtype="bfloat16")
+async def _at_each_precision(tokens: int, side: Side) -> dict[str, tuple[list[float], int]]:
+    """Give the tokens per second of one stream, twice for each precision, and the bytes of its weights."""
+    assert isinstance(side, WebSocketSide)
+    client = await Client.connect(side.url)
+    request = Request(prompts(1, lengths=(16,), seed=3)[0], tokens)
+    found: dict[str, tuple[list[float], int]] = {}
+    order = ("none", *QUANTISED)
+    for kind in (*order, *order[::-1]):
+        await _load(client, quantization=kind)
+        await client.stream(replace(request, max_tokens=4))
+        speeds, _ = found.setdefault(kind, ([], await _weight_bytes(client, kind)))
+        speeds.append(1 / (await client.stream(request)).tpot)
+    return found
+
+
+async def _weight_bytes(client: Client, quantization: str) -> int:
+    await client.send(type="status")
+    async for _, frame in client.frames():
+        if frame["type"] == "status":
+            break
+    (entry,) = (entry for entry in frame["models"] if entry["quantization"] == quantization)
+    return int(entry["memory_bytes"] - entry["kv_cache"]["bytes"])
+
+
+async def _load(client: Client, **how: str) -> float:
+    """Load the model in another way; give the seconds that took."""
+    began = await client.send(type="init", id="load", **how)
     async for now, frame in client.frames():
         if frame["type"] == "ready":
             return now - began
@@ -155,5 +195,6 @@ ROWS: dict[str, Measurement] = {
     "mixed_sampling": mixed_sampling,
     "long_prompt": long_prompt,
     "load_beside": load_beside,
+    "quantised": quantised,
     "chat": chat,
 }
