@@ -6,6 +6,7 @@ Only local files, only safetensors, never code that came with a model.
 import gc
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +30,7 @@ from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
 from LLM.errors import Refused
 from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
-from LLM.quantize import bitsandbytes_config, pack_for_cpu
+from LLM.quantize import bitsandbytes_config, settle
 from LLM.stored_weights import stored_weights
 
 try:
@@ -58,8 +59,20 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     if options.device == "cpu":
         # One core stays free for the event loop: decoding on all of them makes every frame late.
         torch.set_num_threads(options.threads or max(1, cores() - 1))
-    with _refusing("its operator finds the details in the server's log"):
-        return _load(folder, options, progress)
+    try:
+        with _refusing("its operator finds the details in the server's log"):
+            return _load(folder, options, progress)
+    except BaseException as error:
+        _let_go(error)
+        raise
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what was loaded so far: an error holds all that the functions had in which it was raised."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()  # layers of 4 bits hold themselves
 
 
 @contextmanager
@@ -84,7 +97,7 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = _model(folder, architecture, config, options, progress)
     progress("warmup", 0.0)
-    pack_for_cpu(model, partial(progress, "warmup", 0.0))
+    settle(model, partial(progress, "warmup", 0.0))
     # What only a GPU can prove is for those who ask for it.
     if device.type == "cpu" or options.decode == "graph":
         log.info("fused: %s", ", ".join(fuse(model)) or "nothing")

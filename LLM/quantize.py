@@ -35,13 +35,15 @@ def bitsandbytes_config(options: LoadOptions, dtype: torch.dtype) -> BitsAndByte
 
 
 @torch.no_grad()
-def pack_for_cpu(model: Any, goes_on: Callable[[], None]) -> None:
-    """Let a CPU's 4-bit layers bring their weights into the order of its kernel, which they else do in the first step.
+def settle(model: Any, goes_on: Callable[[], None]) -> None:
+    """Make a model's 4-bit layers ready to run, and to be freed with the model; `goes_on` is called before each of them.
 
-    `goes_on` is called before each of them.
+    A CPU's bring their weights into the order of its kernel here, which they would else do in the first step.
     """
     for layer in [module for module in model.modules() if type(module).__name__ == "Linear4bit"]:
         goes_on()
+        # It was for the time until the weight is quantised. Circles are found by collections alone, and frozen ones never.
+        layer.weight.module = None
         if layer.weight.device.type != "cpu":
             continue
         if layer.out_features % CPU_ROWS or layer.in_features % BLOCK:

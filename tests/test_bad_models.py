@@ -1,7 +1,10 @@
 """Models that cannot be loaded, asked for over a real socket: who asks is told what to do, and the others are served on."""
 
+import asyncio
+import gc
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from LLM import loader
 from tests import makers
-from tests.conftest import running
+from tests.conftest import eventually, running
 
 BAD, GOOD = "acme/bad", "acme/good"
 SETTINGS = {"device": "cpu", "dtype": "bfloat16", "kv_memory": 256 << 10, "memory": 1 << 20}
@@ -144,3 +148,77 @@ async def test_a_gpu_without_memory_is_told(root: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.Tensor, "to", move)
     await assert_told_and_others_served(root, "load_failed", "a smaller dtype may do, or fewer models beside it")
     assert not full
+
+
+def lacking_a_tensor(root: Path) -> None:
+    tensors = load_file(root / BAD / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, root / BAD / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("breaking", "kv_memory"), [(lacking_a_tensor, 1 << 18), (lambda root: None, 1)], ids=["a tensor missing", "no room"]
+)
+async def test_a_load_that_failed_holds_no_memory(root: Path, breaking: Break, kv_memory: int, quantization: str):
+    breaking(root)
+    async with running(BAD, root, **SETTINGS | {"kv_memory": kv_memory}) as server, server.client() as client:
+        await client.send(type="init", id="first", quantization=quantization)  # bitsandbytes keeps some tables from then on
+        await client.until("error", id="first")
+        gc.collect()
+        before = tensors()
+        gc.disable()  # what only a collection finds stays for an unknown time
+        try:
+            await client.send(type="init", id="load", quantization=quantization)
+            assert (await client.until("ready", "error", id="load"))["type"] == "error"
+            await eventually(lambda: tensors() <= before)
+        finally:
+            gc.enable()
+
+
+async def test_a_load_that_was_given_up_holds_no_memory(root: Path, monkeypatch: pytest.MonkeyPatch):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def fused(model: object) -> tuple[str, ...]:
+        reached.set()
+        assert go_on.wait(30)
+        return ()
+
+    monkeypatch.setattr(loader, "fuse", fused)
+    async with running(BAD, root, **SETTINGS) as server, server.client() as client:
+        gc.collect()
+        before = tensors()
+        gc.disable()
+        try:
+            await client.send(type="init", id="load")
+            await asyncio.to_thread(reached.wait, 30)
+            assert not tensors() <= before
+            await client.send(type="cancel", id="load")
+            assert (await client.until("ready", "error", id="load"))["code"] == "cancelled"
+            go_on.set()
+            await eventually(lambda: tensors() <= before)
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+async def test_a_model_that_was_unloaded_holds_no_memory(root: Path, quantization: str):
+    async with running("wsserver/echo", root, **SETTINGS | {"keep_alive": 0.0}) as server, server.client() as client:
+        await client.send(type="init", id="first", model=GOOD, quantization=quantization)
+        await client.until("ready", id="first")
+        await eventually(lambda: not server.models.status())
+        gc.collect()
+        before = tensors()
+        gc.disable()
+        try:
+            await client.send(type="init", id="again", model=GOOD, quantization=quantization)
+            assert (await client.until("ready", "error", id="again"))["type"] == "ready"
+            await eventually(lambda: tensors() <= before)
+        finally:
+            gc.enable()
+
+
+def tensors() -> set[int]:
+    """Give where the tensors of this process are."""
+    gc.unfreeze()  # what is frozen is not told
+    return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}

@@ -13,7 +13,7 @@ from LLM import placement
 from LLM._base_model_handler import LoadOptions
 from LLM.errors import Refused
 from LLM.loader import load
-from LLM.quantize import pack_for_cpu
+from LLM.quantize import settle
 from tests import makers
 from tests.conftest import DEFAULT_MODEL, running
 
@@ -142,7 +142,7 @@ def test_layers_of_every_shape_compute_what_their_weights_say(inputs: int, outpu
     model = torch.nn.Sequential(layer).to("cpu").eval()
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     model.dtype = torch.bfloat16  # type: ignore[assignment]  # as transformers' models tell theirs
-    pack_for_cpu(model, lambda: None)
+    settle(model, lambda: None)
     hidden = torch.randn(rows, inputs, dtype=torch.bfloat16)
     with torch.inference_mode():
         found = model(hidden).float()
