@@ -99,6 +99,12 @@ def light_modules_reach_no_torch(modules: Modules) -> list[str]:
     return [f"{name} reaches {found}" for name in light for found in heavy & reached(modules, name)]
 
 
+def nothing_that_serves_can_download(modules: Modules) -> list[str]:
+    downloaders = {"LLM.fetch", "LLM.default_model"}
+    clients = ("huggingface_hub", "httpx", "httpx2", "requests", "aiohttp", "urllib.request", "http.client", "subprocess")
+    return [name for name in importers(modules, *downloaders, *clients) if name not in downloaders]
+
+
 def threads_are_made_in_one_file(modules: Modules) -> list[str]:
     makers = "threading", "_thread", "concurrent", "multiprocessing"
     lock = "from threading import Lock"  # for what a library's threads call
@@ -220,6 +226,10 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (light_modules_reach_no_torch, {"LLM.engine.answer": "from torch import Tensor"}),
     (light_modules_reach_no_torch, {"LLM._base_model_handler": "from LLM import loader", "LLM.loader": "import torch"}),
     (light_modules_reach_no_torch, {"LLM.model_srv_wsserver_echo": "", "LLM": "import torch"}),
+    (nothing_that_serves_can_download, {"wsserver.__main__": "from LLM.fetch import fetch"}),
+    (nothing_that_serves_can_download, {"LLM.listing": "from LLM import default_model"}),
+    (nothing_that_serves_can_download, {"LLM.loader": "from huggingface_hub import snapshot_download"}),
+    (nothing_that_serves_can_download, {"handlers.init": "import urllib.request"}),
     (threads_are_made_in_one_file, {"LLM.model": "from concurrent.futures import ThreadPoolExecutor"}),
     (threads_are_made_in_one_file, {"wsserver.server": "import threading"}),
     (imports_stand_at_the_top, {"LLM.model": "def f():\n    import json"}),

@@ -1,0 +1,341 @@
+"""`wsserver fetch` as its user sees it: a process that talks to a hub over a socket, and what is in the folder then."""
+
+import errno
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save as safetensors_bytes
+
+from LLM import fetch as fetch_module
+from LLM._base_model_handler import LoadOptions
+from LLM.fetch import fetch
+from LLM.hub_files import NotFetched
+from LLM.listing import list_models
+from tests.conftest import eventually
+from tests.hub import Hub, serving_models
+from tests.makers import mistral_folder
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "LLM.fetch"]
+ID = "maker/Tiny-1.0"
+CHUNK = 10 * 1024 * 1024  # what is written at once
+WEIGHTS = safetensors_bytes({"x": np.random.default_rng(1).standard_normal(3_000_000, np.float32)})
+FILES = {"README.md": b"hello", "config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS}
+SMALL = FILES | {"model.safetensors": safetensors_bytes({"x": np.ones(8, np.float32)})}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving_models() as hub:
+        yield hub
+
+
+class Fetching:
+    """A started command, and what it says."""
+
+    def __init__(self, hub: Hub, models: Path, *arguments: str, stderr: int = subprocess.PIPE, **environment: str) -> None:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WSSERVER_"))}
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(models / "home"), "NO_PROXY": "127.0.0.1"}
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            env=inherited | own | {"WSSERVER_MODELS": str(models)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+
+    def ends(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+def fetched(hub: Hub, models: Path, *arguments: str, **environment: str) -> str:
+    """Run the command to its good end; give what it said on the way."""
+    code, out, err = Fetching(hub, models, *arguments, **environment).ends()
+    assert code == 0, err
+    assert out.startswith(f"fetched {ID} into {models / ID}\n")
+    assert sorted(path.name for path in models.iterdir() if path.name != "home") == ["maker"]
+    return err
+
+
+def refused(hub: Hub, models: Path, *arguments: str, **environment: str) -> str:
+    """Run the command to its bad end; give the one line that it said last."""
+    code, out, err = Fetching(hub, models, *arguments, **environment).ends()
+    assert (code, out) == (1, ""), err
+    assert "Traceback" not in err
+    message = err.splitlines()[-1]
+    assert message.startswith("wsserver fetch: ")
+    assert not list(models.glob("*/*/config.json"))
+    return message
+
+
+def held(models: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(models / ID)): path.read_bytes() for path in (models / ID).rglob("*") if path.is_file()}
+
+
+# The way of a model.
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Give the files of a small Mistral, with all that real repositories hold beside them."""
+    folder = mistral_folder(tmp_path_factory.mktemp("published"))
+    useful = {path.name: path.read_bytes() for path in folder.iterdir()} | {"LICENSE": b"free", "README.md": b"# Tiny"}
+    others = [
+        "pytorch_model.bin",
+        "modeling_tiny.py",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "model.onnx",
+    ]
+    return useful | dict.fromkeys(others, b"not wanted") | {"tiny.gguf": b"neither"}
+
+
+def test_a_fetched_model_is_listed_and_loaded(hub: Hub, tmp_path: Path, published: dict[str, bytes]):
+    hub.add(ID, published)
+    err = fetched(hub, tmp_path, ID)
+    wanted = {name: content for name, content in published.items() if content not in (b"not wanted", b"neither")}
+    assert held(tmp_path) == wanted
+    assert set(hub.downloads()) == wanted.keys()
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    assert err.count("\n") == len(wanted), "one line a file"
+    listed = list_models(tmp_path)[ID]
+    assert (listed.folder, listed.problem) == (tmp_path / ID, None)
+    model = listed.handler().load(listed.folder, LoadOptions(device="cpu"), lambda stage, progress: None)
+    assert model.chat_template
+    assert model.vocabulary_size == 32768
+
+
+def test_a_revision_is_fetched_as_it_is_named(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL | {"README.md": b"main"})
+    hub.add(ID, SMALL | {"README.md": b"of a branch"}, revision="refs/pr/1")
+    fetched(hub, tmp_path, ID, "--revision", "refs/pr/1")
+    assert held(tmp_path)["README.md"] == b"of a branch"
+
+
+def test_the_models_folder_is_where_it_is_said(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL)
+    other = tmp_path / "other"
+    code, out, _ = Fetching(hub, tmp_path, ID, "--models", str(other)).ends()
+    assert (code, out) == (0, f"fetched {ID} into {other / ID}\nserve it:  wsserver --model {ID} --models {other}\n")
+    assert (tmp_path / "other" / ID / "config.json").exists()
+
+
+def test_one_gguf_file_is_taken_with_the_configuration(hub: Hub, tmp_path: Path):
+    hub.add(ID, {"config.json": FILES["config.json"], "q/a-Q4.gguf": b"4", "q/a-Q8.gguf": b"8", "README.md": b"r"})
+    message = refused(hub, tmp_path, ID)
+    assert "--file: q/a-Q4.gguf (1 bytes), q/a-Q8.gguf (1 bytes)" in message
+    fetched(hub, tmp_path, ID, "--file", "q/a-Q8.gguf")
+    assert held(tmp_path) == {"config.json": FILES["config.json"], "README.md": b"r", "a-Q8.gguf": b"8"}
+
+
+def test_a_model_that_cannot_be_served_is_said_to_be_one(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL | {"config.json": b"{}"})
+    _, out, _ = Fetching(hub, tmp_path, ID).ends()
+    assert "this version cannot serve it: the model's folder cannot be loaded: its config.json names no model_type" in out
+
+
+def test_a_hub_that_tells_sizes_file_by_file_will_do(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL, tells_all_at_once=False)
+    fetched(hub, tmp_path, ID)
+    assert held(tmp_path) == SMALL
+
+
+def test_a_terminal_is_shown_a_bar(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    fetching = Fetching(hub, tmp_path, ID, stderr=theirs)
+    assert fetching.ends()[0] == 0
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "3/3 model.safetensors: 100%" in shown
+    assert "\n3/3 model.safetensors, " not in shown
+
+
+# What is interrupted goes on.
+
+
+async def stopped_in_the_middle(hub: Hub, models: Path) -> None:
+    """Begin, and press Ctrl-C when the first 10 MiB of the weights are there."""
+    hub.waits["model.safetensors"] = CHUNK + 1000
+    fetching = Fetching(hub, models, ID)
+    await eventually(lambda: any(path.stat().st_size >= CHUNK for path in models.glob(".fetching/*/model.safetensors.*")))
+    fetching.process.send_signal(signal.SIGINT)
+    code, out, err = fetching.ends()
+    hub.let_on.set()
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "wsserver fetch: stopped; run the same command again, it goes on where it stopped"
+    assert "Traceback" not in err
+    assert list_models(models, {}) == {}
+
+
+async def test_what_was_stopped_goes_on_where_it_was(hub: Hub, tmp_path: Path):
+    hub.add(ID, FILES)
+    await stopped_in_the_middle(hub, tmp_path)
+    hub.requests.clear()
+    fetched(hub, tmp_path, ID)
+    assert held(tmp_path) == FILES
+    assert set(hub.ranges()) == {f"bytes={CHUNK}-"}
+    assert set(hub.downloads()) == {"model.safetensors"}, "what was whole is not fetched again"
+
+
+async def test_what_another_revision_left_is_not_mixed_in(hub: Hub, tmp_path: Path):
+    repository = hub.add(ID, FILES)
+    await stopped_in_the_middle(hub, tmp_path)
+    repository.files = SMALL
+    hub.requests.clear()
+    fetched(hub, tmp_path, ID)
+    assert held(tmp_path) == SMALL
+    assert hub.ranges() == []
+
+
+def test_a_connection_that_breaks_is_made_again(hub: Hub, tmp_path: Path):
+    hub.add(ID, FILES)
+    hub.breaks["model.safetensors"] = CHUNK + 1000
+    fetched(hub, tmp_path, ID)
+    assert held(tmp_path) == FILES
+    assert set(hub.ranges()) == {f"bytes={CHUNK}-"}
+
+
+def test_two_at_once_do_not_break_each_other(hub: Hub, tmp_path: Path):
+    hub.add(ID, FILES)
+    hub.add("maker/Other", SMALL)
+    hub.waits["model.safetensors"] = 1000
+    first = Fetching(hub, tmp_path, ID)
+    assert hub.reached.wait(30)
+    assert "another process is fetching it now" in refused(hub, tmp_path, ID)
+    hub.reached.clear()
+    other = Fetching(hub, tmp_path, "maker/Other")
+    assert hub.reached.wait(30)
+    hub.let_on.set()
+    assert (first.ends()[0], other.ends()[0]) == (0, 0)
+    assert held(tmp_path) == FILES
+    assert (tmp_path / "maker/Other/model.safetensors").read_bytes() == SMALL["model.safetensors"]
+
+
+# What cannot be fetched.
+
+
+@pytest.mark.parametrize(
+    "id", ["../x", "a/../b", "/etc/passwd", "/etc", "a/b/c", "a\\b", "", ".", "a/..", "a--b/c", "a/b\n", "-/x"]
+)
+def test_a_bad_id_is_refused_and_nothing_is_made(tmp_path: Path, id: str):
+    with pytest.raises(SystemExit, match=r"wsserver fetch: .*; ids look like HuggingFaceTB/SmolLM2-135M-Instruct$"):
+        fetch_module.main(["--models", str(tmp_path / "models"), "--", id])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_id_asks_nobody(hub: Hub, tmp_path: Path):
+    assert "'../x': this is no id of a model" in refused(hub, tmp_path, "../x")
+    assert hub.requests == []
+
+
+def test_an_id_without_its_vendor_is_refused(hub: Hub, tmp_path: Path):
+    assert "lacks its vendor" in refused(hub, tmp_path, "gpt2")
+
+
+def test_an_unknown_model_is_refused(hub: Hub, tmp_path: Path):
+    assert f"{hub.url} has no such model, or a private one; check the id" in refused(hub, tmp_path, "nobody/knows")
+
+
+def test_an_unknown_revision_is_refused(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL)
+    assert "no revision 'v9'" in refused(hub, tmp_path, ID, "--revision", "v9")
+
+
+def test_a_gated_model_is_for_those_with_a_token(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL, gated=True)
+    for environment in ({}, {"HF_TOKEN": "bad"}):
+        message = refused(hub, tmp_path, ID, **environment)
+        assert "ask there, then set HF_TOKEN" in message
+        assert f"{hub.url}/{ID}" in message
+    fetched(hub, tmp_path, ID, HF_TOKEN="good")
+    assert held(tmp_path) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "check the id"), (410, "wait a while")]
+)
+def test_a_hub_that_gives_no_reason_is_told_by_its_status(hub: Hub, tmp_path: Path, status: int, advice: str):
+    hub.answers_with = status
+    assert advice in refused(hub, tmp_path, ID)
+
+
+def test_a_host_that_is_no_hub_is_told(hub: Hub, tmp_path: Path):
+    hub.answers_with = 200
+    assert f"{hub.url} does not answer as a hub does" in refused(hub, tmp_path, ID)
+
+
+def test_a_repository_without_weights_to_take_is_refused_before_a_byte_comes(hub: Hub, tmp_path: Path):
+    hub.add(ID, {"config.json": b"{}", "pytorch_model.bin": b"x"})
+    assert "no safetensors or GGUF weights" in refused(hub, tmp_path, ID)
+    assert hub.downloads() == []
+    assert not (tmp_path / ".fetching").exists()
+
+
+def test_a_model_that_is_there_is_left_alone(hub: Hub, tmp_path: Path):
+    (tmp_path / ID).mkdir(parents=True)
+    assert f"is there already, at {tmp_path / ID}; remove that folder" in refused(hub, tmp_path, ID)
+    assert hub.requests == []
+
+
+def test_a_model_larger_than_the_disk_is_refused_before_a_byte_comes(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL, sizes={"model.safetensors": 10**18})
+    assert "1000000.0 TB are to come, but" in refused(hub, tmp_path, ID)
+    assert hub.downloads() == []
+
+
+@pytest.mark.parametrize("sent", [b"short", SMALL["model.safetensors"][:-1] + b"!"], ids=["another size", "another hash"])
+def test_other_bytes_than_the_hub_told_of_are_thrown_away(hub: Hub, tmp_path: Path, sent: bytes):
+    repository = hub.add(ID, SMALL, sent={"model.safetensors": sent})
+    message = refused(hub, tmp_path, ID)
+    assert f"model.safetensors came with {len(sent)} bytes that are not the {len(SMALL['model.safetensors'])}" in message
+    repository.sent.clear()
+    fetched(hub, tmp_path, ID)
+    assert held(tmp_path) == SMALL
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_its_address(hub: Hub, tmp_path: Path):
+    hub.server_close()
+    message = refused(hub, tmp_path, ID)
+    assert f"{hub.url} cannot be reached (ConnectError); check the network" in message
+    assert "HF_ENDPOINT" in message
+
+
+def test_a_process_that_is_to_stay_offline_does(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL)
+    assert "HF_HUB_OFFLINE is set" in refused(hub, tmp_path, ID, HF_HUB_OFFLINE="1")
+    assert hub.requests == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL)
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refused(hub, tmp_path, ID, "--models", str(tmp_path / "file"))
+
+
+def test_a_disk_that_fills_up_on_the_way_keeps_what_there_is(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub.add(ID, SMALL)
+    api = fetch_module.HfApi(endpoint=hub.url)
+
+    def fills_up(url: str, file: Any, **_: Any) -> None:
+        file.write(b"ab")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fetch_module, "HfApi", lambda: api)
+    monkeypatch.setattr(fetch_module, "http_get", fills_up)
+    with pytest.raises(NotFetched, match="the disk is full; make room, then run the same command again"):
+        fetch(ID, tmp_path)
+    assert [path.read_bytes() for path in tmp_path.glob(".fetching/*/README.md.*")] == [b"ab"]
