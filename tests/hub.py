@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -149,7 +149,8 @@ class Answer(BaseHTTPRequestHandler):
             self.send(206 if found else 200, body, headers, first=self.server.waits[name])
             self.server.reached.set()
             self.server.let_on.wait()
-            self.wfile.write(body[self.server.waits[name] :])
+            with suppress(ConnectionError):  # who waited may have gone
+                self.wfile.write(body[self.server.waits[name] :])
         else:
             self.send(206 if found else 200, body, headers)
 

@@ -4,6 +4,7 @@ import errno
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -20,6 +21,7 @@ from LLM._base_model_handler import LoadOptions
 from LLM.fetch import fetch
 from LLM.hub_files import NotFetched
 from LLM.listing import list_models
+from LLM.loader import load
 from tests.conftest import eventually
 from tests.hub import Hub, serving_models
 from tests.makers import mistral_folder
@@ -79,6 +81,10 @@ def refused(hub: Hub, models: Path, *arguments: str, **environment: str) -> str:
     return message
 
 
+def silent(stage: str, progress: float) -> None:
+    pass
+
+
 def held(models: Path) -> dict[str, bytes]:
     return {str(path.relative_to(models / ID)): path.read_bytes() for path in (models / ID).rglob("*") if path.is_file()}
 
@@ -111,9 +117,28 @@ def test_a_fetched_model_is_listed_and_loaded(hub: Hub, tmp_path: Path, publishe
     assert err.count("\n") == len(wanted), "one line a file"
     listed = list_models(tmp_path)[ID]
     assert (listed.folder, listed.problem) == (tmp_path / ID, None)
-    model = listed.handler().load(listed.folder, LoadOptions(device="cpu"), lambda stage, progress: None)
-    assert model.chat_template
-    assert model.vocabulary_size == 32768
+    assert listed.handler().load(listed.folder, LoadOptions(device="cpu"), silent).vocabulary_size == 32768
+
+
+def test_a_load_asks_no_hub_for_anything(tmp_path: Path, published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
+    # The libraries look up this and that of a model for which they find no folder, and hide it when that fails.
+    asked = []
+
+    def ask(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    monkeypatch.setattr(socket.socket, "connect", ask)
+    for name, content in published.items():
+        if "/" not in name:
+            (tmp_path / name).write_bytes(content)
+    (tmp_path / "consolidated.safetensors").unlink()
+    load(tmp_path, LoadOptions(device="cpu"), silent)
+    assert asked == []
+    with pytest.raises(NotFetched, match="cannot be reached"):
+        fetch(ID, tmp_path)
+    assert asked, "it would have been seen"
 
 
 def test_a_revision_is_fetched_as_it_is_named(hub: Hub, tmp_path: Path):
