@@ -66,16 +66,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Downloads a model into the models' folder: safetensors or GGUF weights, and what belongs to them.",
         epilog="HF_TOKEN is the token for models that need one; HF_ENDPOINT is another hub or a mirror, like https://host.",
     )
-    models = os.environ.get("WSSERVER_MODELS") or str(ROOT)
     parser.add_argument("id", metavar="VENDOR/MODEL", help="the model's id on the hub")
     parser.add_argument("--revision", default="main", metavar="R", help="a branch, tag or commit (default: main)")
     parser.add_argument("--file", metavar="NAME", help="the GGUF file to take, where there are several")
     parser.add_argument(
         "--models",
-        type=Path,
-        default=models,
+        type=lambda text: ROOT if text == "auto" else Path(text),
+        default=os.environ.get("WSSERVER_MODELS", "auto"),
         metavar="DIR",
-        help="the models' folder, also as WSSERVER_MODELS (default: LLM)",
+        help="the models' folder, also as WSSERVER_MODELS; auto is the one that the default model is in (default: auto)",
     )
     return parser
 
@@ -99,7 +98,7 @@ def fetch(model: str, root: Path, revision: str = "main", named: str | None = No
             parts = {file: work / f"{file.name}.{file.digest}" for file in chosen}
             _refuse_if_too_large(parts, root)
             for number, (file, part) in enumerate(parts.items(), 1):
-                _download(file, part, hf_hub_url(model, file.path, revision=commit), f"{number}/{len(parts)}")
+                _download(file, part, hf_hub_url(model, file.path, revision=commit, endpoint=HUB), f"{number}/{len(parts)}")
             _put_together(parts, work / "whole", folder)
             shutil.rmtree(work)
         with suppress(OSError):  # another one may be under way
@@ -125,8 +124,8 @@ def _refuse_if_there(folder: Path) -> None:
 def _list(model: str, revision: str) -> tuple[str, list[HubFile]]:
     """Give the commit that a revision is now, and its files."""
     try:
-        info = HfApi().model_info(model, revision=revision, files_metadata=True)
-    except (ValueError, KeyError, TypeError) as error:
+        info = HfApi(HUB).model_info(model, revision=revision, files_metadata=True)
+    except (ValueError, KeyError) as error:
         raise NotFetched(f"{HUB} does not answer as a hub does; set HF_ENDPOINT to one that does") from error
     if not info.sha or info.siblings is None:
         raise NotFetched(f"{HUB} does not list its files; set HF_ENDPOINT to a hub that does")
@@ -136,7 +135,7 @@ def _list(model: str, revision: str) -> tuple[str, list[HubFile]]:
 def _hub_file(model: str, commit: str, sibling: RepoSibling) -> HubFile:
     length, digest = sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
     if length is None or digest is None:  # some mirrors tell it only file by file
-        stated = get_hf_file_metadata(hf_hub_url(model, sibling.rfilename, revision=commit))
+        stated = get_hf_file_metadata(hf_hub_url(model, sibling.rfilename, revision=commit, endpoint=HUB))
         length, digest = stated.size, stated.etag
     if length is None or digest is None or not DIGEST.fullmatch(digest):
         raise NotFetched(f"{HUB} does not tell its files' sizes and hashes; set HF_ENDPOINT to a hub that does")
