@@ -71,12 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--file", metavar="NAME", help="the GGUF file to take, where there are several")
     parser.add_argument(
         "--models",
-        type=lambda text: ROOT if text == "auto" else Path(text),
+        type=_folder,
         default=os.environ.get("WSSERVER_MODELS", "auto"),
         metavar="DIR",
-        help="the models' folder, also as WSSERVER_MODELS; auto is the one that the default model is in (default: auto)",
+        help="the models' folder, also as WSSERVER_MODELS; auto is LLM, where the default model is (default: auto)",
     )
     return parser
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder")
+    return ROOT if text == "auto" else Path(text)
 
 
 def fetch(model: str, root: Path, revision: str = "main", named: str | None = None) -> Path:

@@ -177,10 +177,9 @@ def test_the_models_folder_is_where_it_is_said(hub: Hub, tmp_path: Path):
     assert (tmp_path / "other" / ID / "config.json").exists()
 
 
-def test_one_gguf_file_is_taken_with_the_configuration(hub: Hub, tmp_path: Path):
+def test_one_gguf_file_is_taken_with_the_configuration(refuse: Refuse, hub: Hub, tmp_path: Path):
     hub.add(ID, {"config.json": FILES["config.json"], "q/a-Q4.gguf": b"4", "q/a-Q8.gguf": b"8", "README.md": b"r"})
-    message = refused(hub, tmp_path, ID)
-    assert "--file: q/a-Q4.gguf (1 bytes), q/a-Q8.gguf (1 bytes)" in message
+    assert "--file: q/a-Q4.gguf (1 bytes), q/a-Q8.gguf (1 bytes)" in refuse(ID)
     fetched(hub, tmp_path, ID, "--file", "q/a-Q8.gguf")
     assert held(tmp_path) == {"config.json": FILES["config.json"], "README.md": b"r", "a-Q8.gguf": b"8"}
 
@@ -297,12 +296,11 @@ def test_an_unknown_revision_is_refused(refuse: Refuse, hub: Hub):
     assert "no revision 'v9'" in refuse(ID, "--revision", "v9")
 
 
-def test_a_gated_model_is_for_those_with_a_token(hub: Hub, tmp_path: Path):
+def test_a_gated_model_is_for_those_with_a_token(refuse: Refuse, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub.add(ID, SMALL, gated=True)
-    for environment in ({}, {"HF_TOKEN": "bad"}):
-        message = refused(hub, tmp_path, ID, **environment)
-        assert "ask there, then set HF_TOKEN" in message
-        assert f"{hub.url}/{ID}" in message
+    for token in ("", "bad"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert f"at {hub.url}/{ID}; ask there, then set HF_TOKEN to your token" in refuse(ID)
     fetched(hub, tmp_path, ID, HF_TOKEN="good")
     assert held(tmp_path) == SMALL
 
@@ -345,7 +343,7 @@ def test_other_bytes_than_the_hub_told_of_are_thrown_away(refuse: Refuse, hub: H
     message = refuse(ID)
     assert f"model.safetensors came with {len(sent)} bytes that are not the {len(SMALL['model.safetensors'])}" in message
     repository.sent.clear()
-    fetched(hub, tmp_path, ID)
+    fetch(ID, tmp_path)
     assert held(tmp_path) == SMALL
 
 
