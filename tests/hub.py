@@ -50,6 +50,7 @@ class Hub(ThreadingHTTPServer):
         self.reached = threading.Event()
         self.let_on = threading.Event()
         self.answers_with: int | None = None
+        self.large_files_at: Hub = self
 
     @property
     def url(self) -> str:
@@ -132,7 +133,11 @@ class Answer(BaseHTTPRequestHandler):
             self.refuse(403 if self.headers["Authorization"] else 401, "GatedRepo")
         elif name.endswith(LARGE) and self.command == "GET" and not self.path.startswith("/cdn/"):
             # Large files come from another place.
-            self.send(302, b"", {"Location": f"{self.server.url}/cdn{self.path}", "X-Linked-Etag": f'"{digest}"'} | headers)
+            self.send(
+                302,
+                b"",
+                {"Location": f"{self.server.large_files_at.url}/cdn{self.path}", "X-Linked-Etag": f'"{digest}"'} | headers,
+            )
         else:
             self.send_range(name, repository.sent.get(name, content), headers)
 

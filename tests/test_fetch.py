@@ -305,6 +305,18 @@ def test_a_gated_model_is_for_those_with_a_token(refuse: Refuse, hub: Hub, tmp_p
     assert held(tmp_path) == SMALL
 
 
+def test_the_token_is_shown_to_the_hub_alone(hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL)
+    with serving_models() as elsewhere:
+        elsewhere.add(ID, SMALL)
+        hub.large_files_at = elsewhere
+        fetched(hub, tmp_path, ID, HF_TOKEN="good")
+        assert held(tmp_path) == SMALL
+        # The library asks the hub for more, once a day.
+        assert {request.authorization for request in hub.requests if ID in request.path} == {"Bearer good"}
+        assert [request.authorization for request in elsewhere.requests] == [None]
+
+
 @pytest.mark.parametrize(
     ("status", "advice"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "check the id"), (410, "wait a while")]
 )
