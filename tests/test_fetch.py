@@ -27,7 +27,7 @@ from tests.hub import Hub, serving_models
 from tests.makers import mistral_folder
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-m", "LLM.fetch"]
+COMMAND = [sys.executable, "-m", "wsserver", "fetch"]
 ID = "maker/Tiny-1.0"
 Refuse = Callable[..., str]
 CHUNK = 10 * 1024 * 1024  # what is written at once

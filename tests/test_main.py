@@ -122,6 +122,8 @@ async def test_torch_is_not_imported_while_only_echo_is_served(tmp_path: Path):
         imported = {line.rpartition("|")[2].strip() for line in running.stderr.splitlines()}
         assert {"wsserver.server", "LLM.engine.thread"} <= imported
         assert {name for name in imported if name.partition(".")[0] in ("torch", "transformers", "numpy")} == set()
+        # It reads at its import whether it may ask a hub, and that is said later.
+        assert "huggingface_hub" not in imported
 
 
 # Stopping.
@@ -270,6 +272,31 @@ async def test_help_names_every_option_and_the_environment(tmp_path: Path):
     for option in ("host", "port", "model", "device", "dtype", "max-active", "drain-timeout", "log-level"):
         assert f"--{option} " in text
     assert "WSSERVER_MAX_ACTIVE" in text
+
+
+async def test_fetch_is_the_one_beside_the_server_wherever_it_is_started(tmp_path: Path):
+    (tmp_path / "LLM").mkdir()
+    (tmp_path / "LLM" / "__init__.py").write_text("1 / 0")
+    # Started as the installed command is, whose path has no current folder in it.
+    start = (
+        f"import os, sys; os.chdir({str(tmp_path)!r}); sys.argv[0] = 'wsserver'; from wsserver.__main__ import main; main()"
+    )
+    command = [sys.executable, "-P", "-c", start, "fetch", "--models", str(tmp_path), "../x"]
+    async with process(tmp_path, *command, PYTHONPATH=str(ROOT)) as running:
+        assert await running.ends() == 1
+        assert running.stderr == (
+            "wsserver fetch: '../x': this is no id of a model; ids look like HuggingFaceTB/SmolLM2-135M-Instruct\n"
+        )
+
+
+def test_no_library_may_ask_a_hub_for_anything_once_there_is_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(sys, "argv", ["wsserver", "schema"])
+    main_module.main()
+    assert capsys.readouterr().out
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 # While the default model loads.

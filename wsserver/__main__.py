@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import NoReturn
 
 import orjson
 
@@ -32,6 +34,10 @@ log = logging.getLogger("wsserver")
 
 def main() -> None:
     """Run the command line."""
+    if sys.argv[1:2] == ["fetch"]:
+        _become_fetch(sys.argv[2:])
+    # Whatever the libraries would like to ask a hub for: a client's word never starts a download.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     command, config = parse(sys.argv[1:])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("websockets").setLevel(max(logging.WARNING, logging.root.level))
@@ -127,6 +133,14 @@ def _stop_on_signal() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
     return stopping
+
+
+def _become_fetch(arguments: list[str]) -> NoReturn:
+    """Run the download in this process's place: one that serves never has that code in it."""
+    # The LLM package beside this one, not a folder of that name wherever it was started.
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    os.execve(sys.executable, [sys.executable, "-P", "-m", "LLM.fetch", *arguments], environment)
 
 
 def _url(host: str, port: int) -> str:

@@ -21,8 +21,8 @@ EPILOG = """\
 Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE,
 and so on; the command line wins. Models are folders <vendor>/<model>/ in the models'
 folder, in the usual Hugging Face layout, named by <vendor>/<model>; "wsserver models"
-lists them. The messages are described in protocol.md; "wsserver schema" prints their
-JSON Schema.
+lists them, and "wsserver fetch <vendor>/<model>" downloads one: its --help tells more. The
+messages are described in protocol.md; "wsserver schema" prints their JSON Schema.
 """
 
 # How a default is written that is no word or number.
