@@ -1,6 +1,6 @@
 """Loads a Hugging Face model folder: safetensors, tokenizer, chat template. Runs on the engine's thread, never on the loop.
 
-Only local files, only safetensors, never code that came with a model.
+Only local files, only safetensors and GGUF, never code that came with a model.
 """
 
 import gc
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from LLM import model_folder
+from LLM import gguf_config, gguf_tokenizer, model_folder
 from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
 from LLM.engine.attention import DoesNotFit, PagedCache
 from LLM.engine.compiled_runner import CompiledRunner
@@ -29,6 +29,8 @@ from LLM.engine.plain_runner import PlainRunner
 from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
 from LLM.errors import Refused
+from LLM.gguf_weights import packed_weights
+from LLM.model_folder import ModelFolder
 from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
 from LLM.quantize import bitsandbytes_config, settle
 from LLM.stored_weights import stored_weights
@@ -90,12 +92,13 @@ def _refusing(advice: str) -> Iterator[None]:
 
 def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     device = torch.device(options.device)
+    found = model_folder.read(folder)
     with _refusing("its config.json cannot be used; a newer transformers may know its architecture"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _config(folder, found)
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _refusing("its tokenizer cannot be read; copy its tokenizer.json and tokenizer_config.json anew"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = _model(folder, architecture, config, options, progress)
+        tokenizer = _tokenizer(folder, found)
+    model = _model(folder, found, architecture, config, options, progress)
     progress("warmup", 0.0)
     settle(model, partial(progress, "warmup", 0.0))
     # What only a GPU can prove is for those who ask for it.
@@ -123,12 +126,30 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
     )
 
 
-def _model(folder: Path, architecture: Any, config: Any, options: LoadOptions, progress: Progress) -> Any:
-    found, dtype = model_folder.read(folder), DTYPES[options.dtype]
+def _config(folder: Path, found: ModelFolder) -> Any:
+    if found.gguf and not (folder / "config.json").exists():
+        return AutoConfig.for_model(**gguf_config.config_of(found.gguf))
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _tokenizer(folder: Path, found: ModelFolder) -> Any:
+    if not found.gguf or (folder / "tokenizer.json").exists():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = gguf_tokenizer.tokenizer_of(found.gguf)
+    if (template := folder / "chat_template.jinja").exists():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _model(
+    folder: Path, found: ModelFolder, architecture: Any, config: Any, options: LoadOptions, progress: Progress
+) -> Any:
+    dtype = DTYPES[options.dtype]
     quantised = [tensor.name for tensor in found.tensors if tensor.is_linear] if options.quantization != "none" else []
     spread = options.device == str(ALL_GPUS)
     progress("weights", 0.0)
-    with stored_weights(found, quantised, progress) as weights:
+    packed = found.gguf and packed_weights(found.gguf, config.get_text_config(), dtype, quantised, progress)
+    with packed or stored_weights(found, quantised, progress) as weights:
         model, report = architecture.from_pretrained(
             None,
             config=config,

@@ -4,12 +4,13 @@ Every reason to refuse a folder that can be seen from outside is here. Knows nei
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 from typing import Any
 
+from LLM import gguf_config, gguf_file
 from LLM.errors import Refused
 
 # Bytes of an element, by safetensors' names: https://huggingface.co/docs/safetensors/index#format.
@@ -52,11 +53,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A folder in the usual Hugging Face layout, with weights as safetensors."""
+    """A folder in the usual Hugging Face layout, with weights as safetensors, or of one GGUF file, which may stand alone."""
 
     config: Mapping[str, Any]
     files: tuple[Path, ...]
     tensors: tuple[StoredTensor, ...]
+    gguf: gguf_file.GgufFile | None = None
 
     @property
     def family(self) -> str:
@@ -101,9 +103,35 @@ def read(folder: Path) -> ModelFolder:
     Raises:
         Refused: `load_failed`, with what is wrong and what to do, in words fit for any client.
     """
+    if not next(folder.glob("*.safetensors"), None) and (packed := sorted(folder.glob("*.gguf"))):
+        return _of_gguf(folder, packed)
     config = _config(folder)
     files = _files(folder)
     return ModelFolder(config, files, tuple(tensor for file in files for tensor in _tensors(file)))
+
+
+def _of_gguf(folder: Path, files: Sequence[Path]) -> ModelFolder:
+    """Read a folder of one GGUF file; its own configuration counts more than what the file says."""
+    if len(files) > 1:
+        raise _refused(f"it holds {len(files)} GGUF files; leave the one that is to be loaded")
+    try:
+        found = gguf_file.read(files[0])
+    except gguf_file.UnknownPacking as error:
+        raise _refused(
+            "its GGUF file is packed in a way that is not known here; take one that is packed otherwise"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _refused("its GGUF file is damaged; copy it anew") from error
+    if found.metadata.get("split.count", 1) not in (0, 1):
+        raise _refused("its GGUF file is one of several; join them with llama-gguf-split --merge")
+    if files[0].stat().st_size < found.end:
+        raise _refused("its GGUF file ends too early; copy it anew")
+    names = gguf_config.names_of(found)
+    config = _config(folder) if (folder / "config.json").exists() else gguf_config.config_of(found)
+    config = {"dtype": gguf_config.dtype_of(found), **config}
+    # Unpacked, all of them are floats.
+    tensors = [StoredTensor(names[tensor.name], "F32", tensor.shape) for tensor in found.weights]
+    return ModelFolder(config, tuple(files), tuple(tensors), found)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
@@ -129,7 +157,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
     if not there:
         if any(next(folder.glob(pattern), None) for pattern in PICKLED):
             raise _refused("its weights are pickled, and loading those could run any code; convert them to safetensors")
-        raise _refused("it holds no safetensors file; copy the model's weights into it")
+        raise _refused("it holds no safetensors file, and no GGUF file; copy the model's weights into it")
     named = _named_by_index(folder) or ({"model.safetensors"} & there.keys()) or there.keys()
     if missing := named - there.keys():
         raise _refused(f"{len(missing)} of the weights' files are missing; copy them all")
