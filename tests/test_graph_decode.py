@@ -210,14 +210,14 @@ def test_sizes_end_at_the_largest():
     assert sizes_for(200) == sizes_for(65) == sizes_for(64)
 
 
-class Adding:
+class Adding(torch.nn.Module):
     """A model that says the sum of a token and its position, as if its vocabulary were that large."""
 
     device = torch.device("cpu")
     dtype = torch.float32
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=900))
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids + position_ids, 1000).float())
 
 
