@@ -135,8 +135,12 @@ def _twin(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
 
 
 def _model(tokenizer: Tokenizer, names: Mapping[str, str]) -> Any:
-    """Give the tokenizer's model, without a way from text to a control token."""
-    if all(tokenizer.model.token_to_id(text) is None for text in names):
+    """Give the tokenizer's model, without a way from text to a control token.
+
+    Where its text alone does not become one, no longer text does: what a model makes of a part that it keeps apart from the
+    rest is what it makes of that part alone.
+    """
+    if not any(text in [token.value for token in tokenizer.model.tokenize(text)] for text in names):
         return tokenizer.model
     state = json.loads(tokenizer.to_str())["model"]
     if isinstance(state["vocab"], list):
