@@ -176,6 +176,8 @@ class Model:
             if not self._waiters:
                 raise Abandoned
             nonlocal told
+            if stage != told[0]:
+                self.engine.give_way()
             if stage != told[0] or time.monotonic() - told[1] >= PROGRESS_INTERVAL:
                 told = stage, time.monotonic()
                 loop.call_soon_threadsafe(self._tell_progress, stage, done)

@@ -15,7 +15,7 @@ from LLM.engine.worker import EngineSettings
 from LLM.model import Model, Waiter
 from LLM.model_service import ModelService
 from tests.conftest import ECHO, eventually
-from tests.scripted import ScriptedModel, put
+from tests.scripted import STAGES, ScriptedModel, put
 
 
 class Counted(Turns):
@@ -104,6 +104,19 @@ async def test_a_model_that_needs_no_cpu_waits_for_nobody() -> None:
         second.open()
         assert await asyncio.wait_for(generate(model, "hi"), 30) == "stop"
         assert turns.waiting == 0, "the first has its turn, and nobody waits"
+
+
+async def test_a_load_lets_a_running_step_end_before_each_of_its_stages() -> None:
+    async with two(ScriptedModel()) as (turns, first, _, _):
+        third, service = ScriptedModel(), ModelService(ECHO, LoadOptions(), EngineSettings(2))
+        service._turns = turns
+        put(service, "c/c", third)
+        loading = asyncio.create_task(service.get(service.resolve("c/c"), Waiter()))
+        for stage in range(len(STAGES)):
+            await eventually(lambda entered=stage: (turns.waiting, third.load_stages) == (1, entered))  # type: ignore[misc]
+            first.step_gate.let()
+        assert (await loading).status()["state"] == "ready"
+        await service.close()
 
 
 @pytest.mark.parametrize("entered", [1, 3])

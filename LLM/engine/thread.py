@@ -133,6 +133,14 @@ class GenerationEngine:
         self.dead = False
         return model
 
+    def give_way(self) -> None:
+        """Let a step of another model come to its end, on the engine's thread and before there is a model.
+
+        Much of what loads a model keeps all other threads from running: let it not all fall into one step.
+        """
+        with self._turns.take() if self._turns else nullcontext():
+            pass
+
     async def close(self) -> None:
         """End the thread after the step it is in; open streams end with "shutdown"."""
         self._inbox.put(Close())
