@@ -32,6 +32,8 @@ def plan(folder: Path, options: LoadOptions) -> Plan:
         why = f'this server lacks what {options.quantization} takes; its operator can "pip install bitsandbytes"'
         raise Refused("unsupported", why, "quantization")
     found, device = model_folder.read(folder), device_of(options.device)
+    if options.dtype == "bfloat16" and not _has_bfloat16(device):
+        raise Refused("unsupported", f"{device} has no bfloat16; take float32, or float16 where the model bears it", "dtype")
     settled = replace(options, dtype=options.dtype if options.dtype != "auto" else _dtype(found.dtype, device))
     need, available = _weights(found, settled, device) + _kv_memory(options), memory_of(device)
     if device.type == "cuda" and options.device in ("auto", "cuda") and need > available * SHARE:
@@ -101,6 +103,12 @@ def _kv_memory(options: LoadOptions) -> int:
 def _dtype(own: str | None, device: torch.device) -> str:
     """Choose a precision, where the model's own is `own`."""
     if device.type != "cpu":
-        return own if own in DTYPES else "float32"
+        # float16 is no way out for what was trained as bfloat16: its largest number is too small for some models.
+        return own if own in DTYPES and (own != "bfloat16" or _has_bfloat16(device)) else "float32"
     # Without instructions for 16-bit numbers float32 prefills 2.5 times faster than bfloat16, with them half as fast.
     return "bfloat16" if own == "bfloat16" and torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    # A CPU computes with it in any case, if need be slowly; NVIDIA's GPUs do since Ampere.
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

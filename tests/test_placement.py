@@ -58,6 +58,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=GPU_BYTES))
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (100 << 20, GPU_BYTES))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
 
     return pretend
 
@@ -100,6 +101,19 @@ def test_a_model_that_fits_a_gpu_stays_there(
     gpus(4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=80 << 30))
     assert plan(default_model_folder, LoadOptions(offload=True)).options.device == "cuda:0"
+
+
+def test_a_gpu_without_bfloat16_is_not_asked_for_it(
+    default_model_folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: Callable[[int], None]
+):
+    gpus(1)
+    assert plan(default_model_folder, LoadOptions()).options.dtype == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 5))
+    assert plan(default_model_folder, LoadOptions()).options.dtype == "float32"
+    assert plan(default_model_folder, LoadOptions("float16")).options.dtype == "float16"
+    with pytest.raises(Refused, match="take float32") as refused:
+        plan(default_model_folder, LoadOptions("bfloat16"))
+    assert (refused.value.reason, refused.value.field) == ("unsupported", "dtype")
 
 
 def test_each_gpus_share_leaves_room_for_its_part_of_the_kv_cache(gpus: Callable[[int], None]):
