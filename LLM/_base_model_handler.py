@@ -70,6 +70,8 @@ class LoadedModel:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     # Whether a step uses all threads of the CPU: those of several models at once would take many times as long.
     takes_turns: bool = False
+    # Gives memory back that is held for this model alone, once nothing else of it is there.
+    on_unloaded: Callable[[], None] | None = None
     # What clients wrote becomes tokens here; made once, since it can take a moment.
     plain_text: PlainText = field(init=False, repr=False, compare=False)
 

@@ -75,6 +75,7 @@ def _let_go(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()  # layers of 4 bits hold themselves
+    torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -123,6 +124,7 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
         end_token_ids=_end_token_ids(model.generation_config, tokenizer),
         generation_config=model.generation_config.to_dict(),
         takes_turns=device.type == "cpu",
+        on_unloaded=torch.cuda.empty_cache if device.type == "cuda" else None,
     )
 
 
@@ -203,7 +205,10 @@ def _blocks(token_bytes: Mapping[torch.device, int], kv_memory: int | None) -> i
 
 
 def _kv_memory_on(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0] * GPU_KV_SHARE) if device.type == "cuda" else CPU_KV_MEMORY
+    if device.type != "cuda":
+        return CPU_KV_MEMORY
+    torch.cuda.empty_cache()  # what torch keeps for itself is not free to the GPU
+    return int(torch.cuda.mem_get_info(device)[0] * GPU_KV_SHARE)
 
 
 def _plain(model: Any, note: str) -> Runner:

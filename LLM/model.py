@@ -165,7 +165,9 @@ class Model:
         """End the load, or the engine with everything in it; nothing of the model is held any more."""
         self._load.cancel()
         await self.engine.close()
-        self._loaded = None
+        on_unloaded, self._loaded = self._loaded and self._loaded.on_unloaded, None
+        if on_unloaded:
+            await asyncio.to_thread(on_unloaded)
 
     async def _load_on_engine(self) -> None:
         loop = asyncio.get_running_loop()

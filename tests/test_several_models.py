@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import gc
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from LLM._base_model_handler import LoadOptions
+from LLM._base_model_handler import LoadedModel, LoadOptions, Progress
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.model import Waiter
@@ -238,3 +241,22 @@ async def test_a_model_that_nobody_uses_leaves_after_its_time_and_a_generation_l
         assert (await client.generate(id="g", prompt="hello"))["finish_reason"] == "stop"
         assert model.loads == 2
         await eventually(lambda: server.models.status() == [])
+
+
+async def test_what_is_held_for_a_model_is_given_back_when_it_is_gone() -> None:
+    given_back: list[bool] = []
+    engines: list[threading.Thread] = []
+
+    class Held(ScriptedModel):
+        def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
+            loaded = super().load(folder, options, progress)
+            engines.append(threading.current_thread())
+            return replace(loaded, on_unloaded=lambda: given_back.append(engines[0].is_alive()))
+
+    service = ModelService(ECHO, LoadOptions(), EngineSettings(2), keeping=Keeping(keep_alive=0.0))
+    put(service, "a/a", Held())
+    async with service.use(service.resolve("a/a"), Waiter()):
+        assert given_back == []
+    await eventually(lambda: given_back != [])
+    await service.close()
+    assert given_back == [False], "once, and after the thread that held the model"

@@ -142,10 +142,12 @@ class GenerationEngine:
             pass
 
     async def close(self) -> None:
-        """End the thread after the step it is in; open streams end with "shutdown"."""
+        """End the thread after the step it is in; open streams end with "shutdown". It holds nothing then."""
         self._inbox.put(Close())
         if self._run is not None:
             await asyncio.wait([self._run])
+            # It tells that it is done a moment before it is.
+            await asyncio.to_thread(self._executor.shutdown)
 
     def open(self, request: GenerationRequest) -> GenerationStream:
         """Give the request's stream, to be entered with `async with`."""
