@@ -91,6 +91,7 @@ def test_without_a_budget_given_it_is_the_devices(tmp_path: Path, monkeypatch: p
 def test_a_cache_on_a_gpu_takes_at_least_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     add_model(tmp_path, "acme/tiny")
     monkeypatch.setattr(placement, "device_of", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(placement, "memory_of", lambda device: 80 << 30)
     assert cells(tmp_path, LoadOptions())["acme/tiny"][5:] == ["bfloat16", "5.7MiB", "1.0GiB+", "yes"]
     assert cells(tmp_path, LoadOptions(kv_memory=2 << 30))["acme/tiny"][7] == "2.0GiB"
