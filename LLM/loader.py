@@ -30,6 +30,7 @@ from LLM.engine.runner import BLOCK_SIZE, PagedRunner, page
 from LLM.engine.step import Runner
 from LLM.errors import Refused
 from LLM.gguf_weights import packed_weights
+from LLM.giving_way import giving_way
 from LLM.model_folder import ModelFolder
 from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
 from LLM.quantize import bitsandbytes_config, settle
@@ -62,7 +63,7 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
         # One core stays free for the event loop: decoding on all of them makes every frame late.
         torch.set_num_threads(options.threads or max(1, cores() - 1))
     try:
-        with _refusing("its operator finds the details in the server's log"):
+        with giving_way(), _refusing("its operator finds the details in the server's log"):
             return _load(folder, options, progress)
     except BaseException as error:
         _let_go(error)

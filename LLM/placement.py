@@ -11,6 +11,7 @@ import torch
 from LLM import model_folder
 from LLM._base_model_handler import LoadOptions, Plan
 from LLM.errors import Refused
+from LLM.giving_way import giving_way
 from LLM.room import SHARE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,7 +32,9 @@ def plan(folder: Path, options: LoadOptions) -> Plan:
     if options.quantization != "none" and not find_spec("bitsandbytes"):
         why = f'this server lacks what {options.quantization} takes; its operator can "pip install bitsandbytes"'
         raise Refused("unsupported", why, "quantization")
-    found, device = model_folder.read(folder), device_of(options.device)
+    with giving_way():
+        found = model_folder.read(folder)
+    device = device_of(options.device)
     if options.dtype == "bfloat16" and not _has_bfloat16(device):
         raise Refused("unsupported", f"{device} has no bfloat16; take float32, or float16 where the model bears it", "dtype")
     settled = replace(options, dtype=options.dtype if options.dtype != "auto" else _dtype(found.dtype, device))
