@@ -137,7 +137,8 @@ def _config(folder: Path, found: ModelFolder) -> Any:
 
 def _tokenizer(folder: Path, found: ModelFolder) -> Any:
     if not found.gguf or (folder / "tokenizer.json").exists():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # With mistral-common installed, a tekken.json in the folder may bring a tokenizer of another kind.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, mistral_format=False)
     tokenizer = gguf_tokenizer.tokenizer_of(found.gguf)
     if (template := folder / "chat_template.jinja").exists():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
