@@ -76,7 +76,7 @@ async def texts_of(client: Client, asked: dict[str, str], at_once: int) -> dict[
 @pytest.mark.parametrize(
     ("count", "most_tokens", "at_once"),
     [
-        pytest.param(12, 300, (4,), marks=pytest.mark.timeout(300)),
+        pytest.param(8, 300, (4,), marks=pytest.mark.timeout(300)),
         pytest.param(100, 1500, (1, 4, 16), marks=[pytest.mark.torture, pytest.mark.timeout(3600)]),
     ],
 )
