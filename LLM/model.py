@@ -201,7 +201,8 @@ class Model:
             log.exception("loading %s failed", self.spec.model)
             raise Refused("load_failed", FAILED) from error
         loaded, took = self._loaded, time.monotonic() - began
-        log.info("loaded %s as %s on %s in %.1f s", self.spec.model, loaded.dtype, loaded.device, took)
+        how = (loaded.dtype, self.spec.options.quantization, loaded.device)
+        log.info("loaded %s as %s, quantization %s, on %s in %.1f s", self.spec.model, *how, took)
 
     def _load_ended(self, load: asyncio.Task[None]) -> None:
         # Also when nobody waits any more to hear of it.

@@ -198,7 +198,7 @@ moves = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(steps=st.lists(moves, min_size=8, max_size=50), clients=st.integers(1, 3), max_active=st.integers(1, 3))
 async def test_the_contract_holds_on_every_walk(steps: list[tuple[Any, ...]], clients: int, max_active: int) -> None:
     async with scripted(max_active=max_active) as (server, echo):

@@ -19,6 +19,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from LLM.errors import Refused
+from LLM.model import Description
 from LLM.model_service import ModelService
 from tests.conftest import ECHO, Client, add_folder, eventually
 from tests.scripted import ScriptedModel, closing_code, put
@@ -397,3 +398,17 @@ async def test_models_to_preload_that_do_not_fit_together_end_the_server(loading
 async def test_a_model_to_preload_that_is_not_there_ends_the_server(loading: Serving):
     with pytest.raises(Refused, match="no such model"):
         await main_module.serve(Config(port=0, model=ECHO, preload=("nobody/knows",)))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shown"), [("none", "a/b (bfloat16 on cuda:0)"), ("nf4", "a/b (nf4 and bfloat16 on cuda:0)")]
+)
+def test_the_first_line_tells_at_which_precision_a_model_runs(quantization: str, shown: str):
+    about: Description = {
+        "id": "a/b",
+        "context_length": 8,
+        "dtype": "bfloat16",
+        "quantization": quantization,
+        "device": "cuda:0",
+    }
+    assert main_module._in_words(about) == shown

@@ -93,8 +93,7 @@ async def serve(config: Config) -> None:
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait([load, stopped], return_when=asyncio.FIRST_COMPLETED)
         if load.done():
-            shown = ", ".join(f"{about['id']} ({about['dtype']} on {about['device']})" for about in load.result())
-            _say(f"serving {shown} at {_url(config.host, server.port)}")
+            _say(f"serving {', '.join(map(_in_words, load.result()))} at {_url(config.host, server.port)}")
             _say(_how_to_try(config.host, server.port))
             await stopped
         load.cancel()
@@ -119,6 +118,11 @@ async def _load(models: ModelService, asked: Iterable[ModelSpec]) -> list[Descri
     """Load models one after the other, so that none is unloaded for the next; those that do not fit together are refused."""
     async with AsyncExitStack() as use:
         return [(await use.enter_async_context(models.use(spec, Waiter()))).describe() for spec in asked]
+
+
+def _in_words(model: Description) -> str:
+    quantised = "" if model["quantization"] == "none" else f"{model['quantization']} and "
+    return f"{model['id']} ({quantised}{model['dtype']} on {model['device']})"
 
 
 def _stop_on_signal() -> asyncio.Event:
