@@ -11,11 +11,11 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from handlers import dispatcher
-from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.listing import MODELS_ROOT
 from LLM.model_service import Keeping, ModelService
 from tests.checker import Checker
+from wsserver.__main__ import load_options
 from wsserver.config import Config
 from wsserver.server import Server
 
@@ -99,16 +99,7 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
-    options = LoadOptions(
-        dtype,
-        config.device,
-        config.quantization,
-        config.offload,
-        kv_memory=config.kv_memory,
-        threads=config.threads,
-        decode=config.decode,
-        sequences=config.max_active,
-    )
+    options = load_options(config)
     engines, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
     models = ModelService(model, options, engines, root, keeping)
     try:

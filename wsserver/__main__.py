@@ -62,7 +62,7 @@ def run_server(config: Config) -> None:
 
 def print_models(config: Config) -> None:
     """Print what is known of the models there are without loading one."""
-    _say(table(list_models(config.models or MODELS_ROOT), _load_options(config), config.memory))
+    _say(table(list_models(config.models or MODELS_ROOT), load_options(config), config.memory))
 
 
 def print_schema(config: Config) -> None:
@@ -82,7 +82,7 @@ async def serve(config: Config) -> None:
         OSError: the address cannot be listened on.
     """
     settings, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
-    models = ModelService(config.model, _load_options(config), settings, config.models or MODELS_ROOT, keeping)
+    models = ModelService(config.model, load_options(config), settings, config.models or MODELS_ROOT, keeping)
     asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
@@ -101,7 +101,8 @@ async def serve(config: Config) -> None:
         await server.drain()
 
 
-def _load_options(config: Config) -> LoadOptions:
+def load_options(config: Config) -> LoadOptions:
+    """Give how models are loaded of which a client says nothing else."""
     return LoadOptions(
         config.dtype,
         config.device,
