@@ -6,15 +6,18 @@ from typing import Any
 from handlers.cancel import cancel
 from handlers.generate import generate
 from handlers.init import init
+from handlers.resume import resume
 from handlers.status import status
 from LLM.model_service import ModelService
-from wsserver.connection import Connection, Dispatch
-from wsserver.protocol import Cancel, ClientMessage, Generate, Init, Status
+from wsserver.connection import Dispatch
+from wsserver.peer import Peer
+from wsserver.protocol import Cancel, ClientMessage, Generate, Init, Resume, Status
 
-HANDLERS: dict[type[ClientMessage], Callable[[Any, Connection, ModelService], None]] = {
+HANDLERS: dict[type[ClientMessage], Callable[[Any, Peer, ModelService], None]] = {
     Init: init,
     Generate: generate,
     Cancel: cancel,
+    Resume: resume,
     Status: status,
 }
 
@@ -22,7 +25,7 @@ HANDLERS: dict[type[ClientMessage], Callable[[Any, Connection, ModelService], No
 def dispatcher(models: ModelService) -> Dispatch:
     """Give the function that hands each client message to its handler."""
 
-    def dispatch(message: ClientMessage, connection: Connection) -> None:
-        HANDLERS[type(message)](message, connection, models)
+    def dispatch(message: ClientMessage, peer: Peer) -> None:
+        HANDLERS[type(message)](message, peer, models)
 
     return dispatch

@@ -3,10 +3,11 @@
 import time
 
 from LLM.model_service import ModelService
-from wsserver.connection import Connection
+from wsserver.peer import Peer
 from wsserver.protocol import Cancel
 
 
-def cancel(message: Cancel, connection: Connection, models: ModelService) -> None:
+def cancel(message: Cancel, peer: Peer, models: ModelService) -> None:
     """Stop what the message names."""
-    connection.stop(connection.session.cancel(message, time.monotonic()))
+    now = time.monotonic()
+    peer.stop(peer.session.cancel(message, now), "cancelled", now)

@@ -2,16 +2,17 @@
 
 import time
 from contextlib import AsyncExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
-from handlers.waiting import Stopped, chosen_model, in_words, until_stopped
+from handlers.waiting import Late, Stopped, chosen_model, refusal, until_stopped
 from LLM._base_model_handler import ChatMessage, GenerationOptions
 from LLM.engine import request as engine
 from LLM.errors import Refused
 from LLM.model import Model, ModelSpec, Waiter
 from LLM.model_service import ModelService
-from wsserver.connection import Connection
+from wsserver.job import Job
+from wsserver.peer import Peer
 from wsserver.protocol import (
     Alternative,
     Done,
@@ -26,56 +27,53 @@ from wsserver.protocol import (
     TokenLogprob,
     Usage,
 )
+from wsserver.session import Session
 
 
-def generate(message: Generate, connection: Connection, models: ModelService) -> None:
+def generate(message: Generate, peer: Peer, models: ModelService) -> None:
     """Begin a generation with the model that this connection's last init chose."""
-    spec = chosen_model(connection.session.chosen, models, message.id, answers_with_done=True)
-    connection.spawn(message, partial(_serve, message, connection, models, spec, time.monotonic()))
+    spec = chosen_model(peer.session.chosen, models, message.id, answers_with_done=True)
+    peer.spawn(message, partial(_serve, message, peer.session, models, spec, time.monotonic()))
 
 
 async def _serve(
-    message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, read_at: float, id: str
+    message: Generate, session: Session, models: ModelService, spec: ModelSpec, read_at: float, job: Job
 ) -> None:
+    deadline = read_at + session.server.request_timeout
     try:
         # Used from here to the end of the stream, so that it is not unloaded before the stream is open.
         async with AsyncExitStack() as use:
-            prepare = _prepare(message, connection, models, spec, id, use)
-            model, request = await until_stopped(connection, id, prepare)
-            await _stream(message, connection, model, request, _Answer(id, spec.model, read_at))
+            prepare = _prepare(message, session.id, models, spec, job, use)
+            model, request = await until_stopped(job, prepare, deadline - time.monotonic())
+            request = replace(request, owner=session.id, deadline=deadline)
+            await _stream(model, request, job, _Answer(job.id, spec.model, read_at))
     except Stopped:
         # Whatever this says, the session makes it the done of a stop.
-        connection.send(connection.session.failure(id, "cancelled", "stopped before it began", _ms_since(read_at)))
+        job.send(job.unfinished("cancelled", _ms_since(read_at)))
+    except Late:
+        job.send(job.unfinished("timeout", _ms_since(read_at)))
     except Refused as refused:
-        connection.send(connection.session.failure(id, refused.reason, in_words(refused), _ms_since(read_at)))
+        job.send(refusal(job, refused, _ms_since(read_at)))
 
 
 async def _prepare(
-    message: Generate, connection: Connection, models: ModelService, spec: ModelSpec, id: str, use: AsyncExitStack
+    message: Generate, session_id: str, models: ModelService, spec: ModelSpec, job: Job, use: AsyncExitStack
 ) -> tuple[Model, engine.GenerationRequest]:
     """Wait for the model and make the prompt's tokens."""
 
     def on_position(position: int) -> None:
-        connection.send(Queued(id=id, position=position))
+        job.send(Queued(id=job.id, position=position))
 
     model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
-    return model, await model.request((connection.session.id, id), prompt, _options(message))
+    return model, await model.request((session_id, job.id), prompt, _options(message))
 
 
-async def _stream(
-    message: Generate, connection: Connection, model: Model, request: engine.GenerationRequest, answer: "_Answer"
-) -> None:
+async def _stream(model: Model, request: engine.GenerationRequest, job: Job, answer: "_Answer") -> None:
     async with model.engine.open(request) as stream:
-        connection.on_stop(answer.id, partial(model.engine.cancel, request.key))
+        job.on_stop(partial(model.engine.cancel, request.key))
         async for part in stream:
-            frame = answer.frame(part)
-            if message.stream is False and isinstance(frame, Token):
-                answer.collect(frame)
-                continue
-            if message.stream is False and isinstance(frame, Done):
-                frame.text, frame.logprobs = answer.text, answer.logprobs or None
-            connection.send(frame)
+            job.send(answer.frame(part))
 
 
 def _conversation(message: Generate) -> list[ChatMessage]:
@@ -100,17 +98,9 @@ class _Answer:
 
     def __init__(self, id: str, model: str, read_at: float) -> None:
         self.id = id
-        # What came so far, where it is to come in the end alone.
-        self.text = ""
-        self.logprobs: list[TokenLogprob] = []
         self._model = model
         self._seq = 0
         self._seconds_before = time.monotonic() - read_at
-
-    def collect(self, frame: Token) -> None:
-        """Keep what a token frame holds, for the end."""
-        self.text += frame.text
-        self.logprobs += frame.logprobs or ()
 
     def frame(self, part: engine.Part) -> ServerMessage:
         match part:

@@ -4,14 +4,14 @@ import time
 
 from LLM.model_service import ModelService
 from wsserver import __version__
-from wsserver.connection import Connection
+from wsserver.peer import Peer
 from wsserver.protocol import ServerInfo, Status, StatusReport
 
 
-def status(message: Status, connection: Connection, models: ModelService) -> None:
+def status(message: Status, peer: Peer, models: ModelService) -> None:
     """Answer with a status report."""
-    state = connection.session.server
-    connection.reply(
+    state = peer.session.server
+    peer.reply(
         StatusReport(
             server=ServerInfo(
                 version=__version__,
@@ -20,6 +20,6 @@ def status(message: Status, connection: Connection, models: ModelService) -> Non
             ),
             models=models.status(),
             available=sorted(models.listing),
-            connection=connection.session.info(),
+            connection=peer.session.info(),
         )
     )

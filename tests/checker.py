@@ -2,6 +2,7 @@
 
 Written from protocol.md, without looking at the session: the two must agree by themselves. What the server has read is known
 where it answers in order: the reply to a status says that everything sent before it was read, and what was open just then.
+A resumed generation is told what its last connection saw of it, and goes on from there.
 """
 
 import itertools
@@ -11,24 +12,29 @@ from typing import Any
 
 # What may come after what, for one generation or one load.
 FOLLOWERS = {
-    "nothing": {"queued", "started", "done", "loading", "ready"},
+    "nothing": {"queued", "started", "done", "loading", "ready", "resumed"},
     "queued": {"queued", "started", "done"},
-    "started": {"prefill", "token", "done"},
-    "prefill": {"prefill", "token", "done"},
-    "token": {"token", "done"},
+    "started": {"prefill", "token", "done", "detached"},
+    "resumed": {"prefill", "token", "done", "detached"},
+    "prefill": {"prefill", "token", "done", "detached"},
+    "token": {"token", "done", "detached"},
     "loading": {"loading", "ready"},
 }
 OF_LOAD = {"loading", "ready"}
-OF_GENERATION = {"queued", "started", "prefill", "token", "done"}
+OF_GENERATION = {"queued", "started", "resumed", "prefill", "token", "done", "detached"}
+# What must have been asked for where these come; everything else of a generation follows a generate or a resume.
+ANSWERS = {"loading": "init", "ready": "init", "queued": "generate", "started": "generate", "resumed": "resume"}
 FINISH_REASONS = {"stop", "length", "cancelled", "timeout", "shutdown", "error"}
 
 
 @dataclass(eq=False)
 class Asked:
-    """One init or generate that was sent, and what came of it."""
+    """One init, generate or resume that was sent, and what came of it."""
 
     serial: int
     message: dict[str, Any]
+    # Of a resume: the generation as the connection saw it that had it before.
+    before: "Asked | None" = None
     last: str = "nothing"
     next_seq: int = 0
     text: str = ""
@@ -37,9 +43,16 @@ class Asked:
     cancels_sent: list[int] = field(default_factory=list)
     cancel_was_read: bool = False
 
+    resume_token: str | None = None
+
     @property
     def kind(self) -> str:
         return self.message["type"]
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The generate that began it; empty if that is not known."""
+        return self.message if self.kind == "generate" else self.before.generation if self.before else {}
 
 
 class Checker:
@@ -60,14 +73,16 @@ class Checker:
         self._nameless: int = 0  # sent without a type or with an impossible id, so that the answer names nothing
         self._going_away = False
 
-    def sent(self, message: dict[str, Any]) -> None:
+    def sent(self, message: dict[str, Any], before: Asked | None = None) -> None:
         kind, id, serial = message.get("type"), message.get("id"), next(self._serials)
         if kind == "status":
             self._statuses.append(serial)
         elif not isinstance(kind, str) or not (id is None or (isinstance(id, str) and 1 <= len(id) <= 128)):
             self._nameless += 1
-        elif kind in ("generate", "init"):
-            asked = Asked(serial, message)
+        elif kind in ("generate", "init", "resume"):
+            asked = Asked(serial, message, before)
+            asked.next_seq = message.get("after_seq", 0) if kind == "resume" else 0
+            asked.text = before.text if before else ""
             if id is None:
                 self.unnamed.append(asked)
                 self._to_be_named.append(asked)
@@ -120,22 +135,33 @@ class Checker:
                 assert 0 < frame["done"] < frame["total"], f"no progress: {frame}"
             case "loading":
                 assert 0 <= frame["progress"] <= 1, f"no progress: {frame}"
+            case "started":
+                asked.resume_token = frame.get("resume_token")
+                resumable = bool(asked.message.get("resumable"))
+                assert (asked.resume_token is not None) == resumable, f"a token unasked for, or none: {frame}"
+            case "resumed":
+                assert frame["seq"] == asked.next_seq, f"resumed elsewhere: {frame}, expected seq {asked.next_seq}"
+                asked.resume_token = asked.message["resume_token"]
             case "token":
                 self._token(asked, frame)
             case "done":
                 self._done(asked, frame)
+            case "detached":
+                assert asked.resume_token, f"taken elsewhere without a token: {frame}"
+                self._end(frame["id"], 0)
             case "ready":
                 self._end(frame["id"], 0)
 
     def _asked(self, kind: str, frame: dict[str, Any]) -> Asked:
         id = frame.get("id")
         assert isinstance(id, str), f"a frame without id: {frame}"
-        wanted = "init" if kind in OF_LOAD else "generate"
+        wanted = ANSWERS.get(kind)
         if id not in self.open and id.startswith("auto-"):
-            self._name(id, wanted)
+            self._name(id, wanted or "generate")
         assert id in self.open, f"a frame for an id that is not open: {frame}"
         asked = self.open[id][0]
-        assert asked.kind == wanted, f"{kind} answers {asked.message}"
+        fits = asked.kind == wanted if wanted else asked.kind != "init"
+        assert fits, f"{kind} answers {asked.message}"
         return asked
 
     def _name(self, id: str, wanted: str) -> None:
@@ -147,11 +173,11 @@ class Checker:
         self.open[id] = [asked]
 
     def _token(self, asked: Asked, frame: dict[str, Any]) -> None:
-        assert asked.message.get("stream") is not False, f"a token of an answer that was not to be streamed: {frame}"
+        assert asked.generation.get("stream") is not False, f"a token of an answer that was not to be streamed: {frame}"
         assert frame["seq"] == asked.next_seq, f"a gap or a double: {frame}, expected seq {asked.next_seq}"
         assert frame["n"] >= 1, f"a token frame of nothing: {frame}"
         assert frame["text"], f"an empty token frame: {frame}"
-        wanted, entries = asked.message.get("logprobs"), frame.get("logprobs")
+        wanted, entries = asked.generation.get("logprobs"), frame.get("logprobs")
         assert (entries is None) == (wanted is None), f"logprobs unasked for, or asked for in vain: {frame}"
         if entries is not None:
             assert len(entries) == frame["n"], f"not one logprob for each token: {frame}"
@@ -167,14 +193,15 @@ class Checker:
         assert (reason == "error") == ("error" in frame), f"error and finish_reason disagree: {frame}"
         assert asked.next_seq <= usage["completion_tokens"], f"more tokens sent than made: {frame}"
         assert (reason == "cancelled") == ("cancel_ms" in frame["timings"]), f"cancel_ms without a cancel: {frame}"
-        assert reason != "cancelled" or asked.cancels_sent, f"cancelled by nobody: {frame}"
+        elsewhere = asked.kind == "resume"  # a cancel may have been read there
+        assert reason != "cancelled" or asked.cancels_sent or elsewhere, f"cancelled by nobody: {frame}"
         assert reason != "shutdown" or self._going_away, f"shutdown without goaway: {frame}"
         assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"
         assert all(ms >= 0 for ms in frame["timings"].values()), f"time runs backwards: {frame}"
-        whole = asked.message.get("stream") is False
+        whole = asked.generation.get("stream") is False
         assert whole or not {"text", "logprobs"} & frame.keys(), f"what came in token frames comes again: {frame}"
         for entry in frame.get("logprobs", ()):
-            _scored(entry, asked.message["logprobs"])
+            _scored(entry, asked.generation["logprobs"])
         asked.done = frame
         self.texts[frame["id"]], self.scored[frame["id"]] = asked.text, asked.scored
         self.dones.append(frame)
@@ -200,10 +227,13 @@ class Checker:
     def _place_of_error(self, line: list[Asked], code: str, frame: dict[str, Any]) -> int:
         # An error answers a newcomer behind the open one and leaves that alone, or it ends the open one: only a load.
         first, *others = line
-        if code == "model_not_found":
-            inits = [place for place, asked in enumerate(line) if asked.kind == "init" and asked.last == "nothing"]
-            assert inits, f"no init can have asked for this: {frame}"
-            return inits[0]
+        refused = {"model_not_found": "init", "resume_expired": "resume"}.get(code)
+        if code == "bad_message" and frame["message"].startswith("$.after_seq"):
+            refused = "resume"
+        if refused:
+            asked_for = [place for place, asked in enumerate(line) if asked.kind == refused and asked.last == "nothing"]
+            assert asked_for, f"no {refused} can have asked for this: {frame}"
+            return asked_for[0]
         beside = others and (code in ("bad_message", "duplicate_id") or (code == "unsupported" and first.kind == "generate"))
         assert beside or code != "duplicate_id", f"a duplicate of nothing: {frame}"
         assert beside or first.kind == "init", f"an error ended a generation: {frame}"

@@ -14,7 +14,7 @@ from handlers import dispatcher
 from LLM.engine.worker import EngineSettings
 from LLM.listing import MODELS_ROOT
 from LLM.model_service import Keeping, ModelService
-from tests.checker import Checker
+from tests.checker import Asked, Checker
 from wsserver.__main__ import load_options
 from wsserver.config import Config
 from wsserver.server import Server
@@ -36,12 +36,28 @@ class Client:
         """Send one message, given as its fields."""
         await self.send_text(orjson.dumps(message).decode())
 
+    async def resume(self, before: "Client", id: str, **changes: Any) -> None:
+        """Ask to take up what another client has begun, from where that one is; `changes` are fields to say otherwise."""
+        asked = before.asked(id)
+        message = {"type": "resume", "id": id, "resume_token": asked.resume_token, "after_seq": asked.next_seq, **changes}
+        self.checker.sent(message, asked)
+        await self.socket.send(orjson.dumps(message).decode())
+
+    def asked(self, id: str) -> Asked:
+        """Give what this client asked for under an id last, running or ended."""
+        running = self.checker.open.get(id)
+        return running[0] if running else [asked for asked in self.checker.ended if asked.message.get("id") == id][-1]
+
     async def send_text(self, text: str) -> None:
         """Send one text frame, whatever it holds."""
         with contextlib.suppress(orjson.JSONDecodeError):
             message = orjson.loads(text)
             self.checker.sent(message if isinstance(message, dict) else {})
         await self.socket.send(text)
+
+    async def aclose(self) -> None:
+        """Close the connection as a client does that is done."""
+        await self.socket.close()
 
     async def settle(self) -> dict[str, Any]:
         """Wait until the server has read everything sent so far; give the status report that says so."""

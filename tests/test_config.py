@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from wsserver.config import COMMANDS, Config, parse
+from wsserver.config import COMMANDS, Config, Size, parse
 
 # Every option, with a value that is not its default, as it is written and as it is read.
 OPTIONS: dict[str, tuple[str, object]] = {
@@ -24,6 +24,14 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "prefill_stretch": ("1.5", 1.5),
     "threads": ("2", 2),
     "decode": ("graph", "graph"),
+    "max_queue": ("2", 2),
+    "request_timeout": ("1.5", 1.5),
+    "step_timeout": ("2.5", 2.5),
+    "max_outbox_bytes": ("64KiB", 65536),
+    "stall_timeout": ("3", 3.0),
+    "resume_window": ("4", 4.0),
+    "max_resume_bytes": ("1GB", 10**9),
+    "max_detached_tokens": ("5", 5),
     "drain_timeout": ("0.5", 0.5),
     "log_level": ("debug", "debug"),
 }
@@ -60,6 +68,19 @@ BAD = [
     ("max_active", "0"),
     ("max_active", "-3"),
     ("max_active", "many"),
+    ("max_queue", "0"),
+    ("request_timeout", "0"),
+    ("request_timeout", "never"),
+    ("step_timeout", "0.0"),
+    ("max_outbox_bytes", "1048576"),
+    ("max_outbox_bytes", "auto"),
+    ("stall_timeout", "0"),
+    ("stall_timeout", "inf"),
+    ("resume_window", "0"),
+    ("max_resume_bytes", "auto"),
+    ("max_resume_bytes", "0MiB"),
+    ("max_detached_tokens", "0"),
+    ("max_detached_tokens", "1.5"),
     ("drain_timeout", "-1"),
     ("drain_timeout", "soon"),
     ("drain_timeout", "nan"),
@@ -109,7 +130,15 @@ def test_without_arguments_the_defaults_are_served() -> None:
         prefill_stretch=3.0,
         threads=None,
         decode="eager",
-        drain_timeout=10.0,
+        max_queue=256,
+        request_timeout=600.0,
+        step_timeout=120.0,
+        max_outbox_bytes=1_048_576,
+        stall_timeout=30.0,
+        resume_window=120.0,
+        max_resume_bytes=67_108_864,
+        max_detached_tokens=2048,
+        drain_timeout=30.0,
         log_level="info",
     )
     assert parse([], {}) == ("serve", expected)
@@ -127,6 +156,11 @@ def test_auto_may_be_said(name: str) -> None:
 )
 def test_a_size_is_read_in_its_unit(text: str, size: int) -> None:
     assert parse(["--kv-memory", text], {})[1].kv_memory == size
+
+
+def test_a_size_is_shown_in_the_largest_unit_that_fits() -> None:
+    sizes = [Size(1), Size(1023), Size(1024), Size(3 << 20), Size((1 << 30) + 1024), Size(5 << 40)]
+    assert [str(size) for size in sizes] == ["1B", "1023B", "1KiB", "3MiB", "1048577KiB", "5TiB"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

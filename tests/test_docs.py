@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import running
 from wsserver import protocol
 from wsserver.config import Config
-from wsserver.protocol import CloseCode, ErrorCode, FinishReason, Generate, Init, ServerMessage
+from wsserver.protocol import CloseCode, ErrorCode, FinishReason, Generate, Init, Resume, ServerMessage
 from wsserver.session import Session
 
 ROOT = Path(__file__).parent.parent
@@ -75,8 +75,8 @@ def test_the_tables_of_protocol_md_are_those_of_the_code() -> None:
 
 def test_the_parameter_tables_name_every_field() -> None:
     fields = {row[0] for row in rows("field")}
-    known = {f.name for t in (Generate, Init) for f in msgspec.structs.fields(t)}
-    described_in_prose = {"messages", "prompt", "stream"}
+    known = {f.name for t in (Generate, Init, Resume) for f in msgspec.structs.fields(t)}
+    described_in_prose = {"messages", "prompt", "stream", "resumable"}
     assert fields == known - described_in_prose
 
 

@@ -148,7 +148,7 @@ async def test_a_signal_lets_what_runs_and_waits_come_to_its_end(tmp_path: Path)
             await client.send(type="generate", id=id, **LONG | {"max_tokens": 20_000})
         await client.until("token", id="a")
         running.signal()
-        assert (await client.until("goaway"))["deadline_ms"] == 60_000
+        assert 50_000 < (await client.until("goaway"))["deadline_ms"] <= 55_000
         while len(client.checker.dones) < 3:
             await client.until("done")
         assert {done["id"]: done["finish_reason"] for done in client.checker.dones} == dict.fromkeys("abc", "length")

@@ -140,14 +140,14 @@ def test_what_has_no_type_is_refused_and_told_the_types(message: Any) -> None:
     refusal = refused(message)
     assert (refusal.code, refusal.answers_with_done) == ("bad_message", False)
     assert refusal.message.startswith("$.type: ")
-    assert "init, generate, cancel, status" in refusal.message
+    assert "init, generate, cancel, resume, status" in refusal.message
 
 
 @pytest.mark.parametrize("kind", [MARK, "", "Generate", "done", "token", "statusreport", "generate "])
 def test_an_unknown_type_is_refused_and_told_the_types(kind: str) -> None:
     refusal = refused({"type": kind, "id": "g1", "prompt": "x"})
     assert (refusal.code, refusal.answers_with_done) == ("unknown_type", False)
-    assert "init, generate, cancel, status" in refusal.message
+    assert "init, generate, cancel, resume, status" in refusal.message
 
 
 @pytest.mark.parametrize(
@@ -353,8 +353,11 @@ def test_the_schema_is_a_valid_one_and_knows_every_message() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     mapped = [set(side["discriminator"]["mapping"]) for side in SCHEMA["anyOf"]]
     assert mapped == [
-        {"init", "generate", "cancel", "status"},
-        {"loading", "ready", "queued", "started", "prefill", "token", "done", "error", "status", "goaway"},
+        {"init", "generate", "cancel", "resume", "status"},
+        {
+            *("loading", "ready", "queued", "started", "resumed", "prefill", "token", "done", "detached"),
+            *("error", "status", "goaway"),
+        },
     ]
 
 

@@ -77,7 +77,8 @@ async def test_a_drain_lets_running_generations_finish_and_starts_no_new_ones() 
         await client.send(type="generate", id="waiting", prompt="world")
         await client.settle()
         drain = asyncio.create_task(server.server.drain())
-        assert await client.until("goaway") == {"type": "goaway", "deadline_ms": 60_000}
+        # Five seconds of the sixty are for the closing.
+        assert 50_000 < (await client.until("goaway"))["deadline_ms"] <= 55_000
         await client.send(type="generate", id="late", prompt="no")
         assert (await client.until("done"))["error"]["code"] == "shutting_down"
         await client.send(type="init", id="load")

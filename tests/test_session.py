@@ -9,6 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from wsserver.protocol import (
     Cancel,
     ConnectionInfo,
+    Detached,
     Done,
     Error,
     ErrorDetail,
@@ -22,6 +23,8 @@ from wsserver.protocol import (
     Queued,
     Ready,
     Refusal,
+    Resume,
+    Resumed,
     ServerInfo,
     ServerMessage,
     Started,
@@ -51,6 +54,8 @@ FRAMES: dict[type[ServerMessage], Callable[[str], ServerMessage]] = {
     Started: lambda id: Started(id=id, model="a/b", prompt_tokens=3, cached_tokens=0),
     Prefill: lambda id: Prefill(id=id, done=1, total=3),
     Token: lambda id: Token(id=id, seq=0, n=1, text="x"),
+    Resumed: lambda id: Resumed(id=id, seq=0),
+    Detached: lambda id: Detached(id=id),
     Done: done,
     Error: lambda id: Error(code="load_failed", message="no", id=id),
     Goaway: lambda id: Goaway(deadline_ms=1),
@@ -66,10 +71,16 @@ FRAMES: dict[type[ServerMessage], Callable[[str], ServerMessage]] = {
 LEGAL: dict[tuple[type[ServerMessage], ...], set[type[ServerMessage]]] = {
     (): {Queued, Started, Done},
     (Queued,): {Queued, Started, Done},
-    (Queued, Queued, Started): {Prefill, Token, Done},
-    (Started, Prefill): {Prefill, Token, Done},
-    (Started, Token): {Token, Done},
-    (Started, Prefill, Token, Token): {Token, Done},
+    (Queued, Queued, Started): {Prefill, Token, Detached, Done},
+    (Started, Prefill): {Prefill, Token, Detached, Done},
+    (Started, Token): {Token, Detached, Done},
+    (Started, Prefill, Token, Token): {Token, Detached, Done},
+}
+LEGAL_OF_A_RESUME: dict[tuple[type[ServerMessage], ...], set[type[ServerMessage]]] = {
+    (): {Resumed},
+    (Resumed,): {Prefill, Token, Detached, Done},
+    (Resumed, Prefill): {Prefill, Token, Detached, Done},
+    (Resumed, Token): {Token, Detached, Done},
 }
 LEGAL_OF_A_LOAD: dict[tuple[type[ServerMessage], ...], set[type[ServerMessage]]] = {
     (): {Loading, Ready, Error},
@@ -82,7 +93,11 @@ def session() -> Session:
     return Session("s", ServerState(started_at=0.0, max_active=2))
 
 
-def opened(session: Session, message: Init | Generate, *frames: type[ServerMessage]) -> str:
+def resume(id: str) -> Resume:
+    return Resume(id=id, resume_token="t")
+
+
+def opened(session: Session, message: Init | Generate | Resume, *frames: type[ServerMessage]) -> str:
     id = session.open(message)
     for kind in frames:
         session.admit(FRAMES[kind](id), 0.0)
@@ -100,10 +115,11 @@ def test_the_frames_of_this_file_are_all_there_are() -> None:
 @pytest.mark.parametrize(
     ("message", "before", "legal"),
     [(Generate(id="x", prompt="p"), before, legal) for before, legal in LEGAL.items()]
-    + [(Init(id="x"), before, legal) for before, legal in LEGAL_OF_A_LOAD.items()],
+    + [(Init(id="x"), before, legal) for before, legal in LEGAL_OF_A_LOAD.items()]
+    + [(resume("x"), before, legal) for before, legal in LEGAL_OF_A_RESUME.items()],
 )
 def test_a_frame_goes_out_unchanged_where_it_is_legal_and_is_a_bug_elsewhere(
-    session: Session, message: Init | Generate, before: tuple[type, ...], legal: set[type], kind: type
+    session: Session, message: Init | Generate | Resume, before: tuple[type, ...], legal: set[type], kind: type
 ) -> None:
     opened(session, message, *before)
     frame = FRAMES[kind]("x")
@@ -111,7 +127,7 @@ def test_a_frame_goes_out_unchanged_where_it_is_legal_and_is_a_bug_elsewhere(
         frame = Queued(id="x", position=frame.position + 1)
     if kind in legal:
         assert session.admit(frame, 1.0) is frame
-        assert session.active == ([] if kind in (Done, Ready, Error) else ["x"])
+        assert session.active == ([] if kind in (Done, Ready, Error, Detached) else ["x"])
     else:
         with pytest.raises(IllegalFrame, match=kind.__name__):
             session.admit(frame, 1.0)
@@ -148,10 +164,10 @@ def test_an_id_that_has_ended_may_be_used_again(session: Session) -> None:
         assert opened(session, Generate(id="x", prompt="p"), Started, Token, Done) == "x"
 
 
-@pytest.mark.parametrize("first", [Generate(id="x", prompt="p"), Init(id="x")])
-@pytest.mark.parametrize("second", [Generate(id="x", prompt="q"), Init(id="x", model="c/d")])
+@pytest.mark.parametrize("first", [Generate(id="x", prompt="p"), Init(id="x"), resume("x")])
+@pytest.mark.parametrize("second", [Generate(id="x", prompt="q"), Init(id="x", model="c/d"), resume("x")])
 def test_an_id_in_use_is_refused_with_an_error_and_the_first_goes_on(
-    session: Session, first: Init | Generate, second: Init | Generate
+    session: Session, first: Init | Generate | Resume, second: Init | Generate | Resume
 ) -> None:
     session.open(first)
     chosen = session.chosen
@@ -184,11 +200,16 @@ def test_a_draining_server_takes_nothing_new_in_and_ends_what_runs(session: Sess
     assert session.admit(done("x"), 1.0) == done("x")
 
 
+def test_a_draining_server_lets_go_on_what_is_resumed(session: Session) -> None:
+    session.server.draining = True
+    assert opened(session, resume("x"), Resumed, Token, Done) == "x"
+
+
 def test_more_ids_than_the_bound_are_refused_until_one_ends(session: Session) -> None:
     session.max_open = 2
     opened(session, Generate(id="x", prompt="p"))
     opened(session, Init(id="l"))
-    for message in (Generate(id="y", prompt="p"), Init(id="m")):
+    for message in (Generate(id="y", prompt="p"), Init(id="m"), resume("r")):
         with pytest.raises(Refusal) as caught:
             session.open(message)
         assert (caught.value.code, caught.value.id) == ("overloaded", message.id)
@@ -245,7 +266,8 @@ def test_only_bad_messages_in_a_row_are_one_too_many(session: Session, code: Any
 
 
 @pytest.mark.parametrize(
-    ("before", "kind"), [(before, kind) for before, legal in LEGAL.items() for kind in sorted(legal - {Done}, key=str)]
+    ("before", "kind"),
+    [(before, kind) for before, legal in LEGAL.items() for kind in sorted(legal - {Done, Detached}, key=str)],
 )
 def test_after_a_cancel_only_the_done_comes_and_says_cancelled_whatever_it_was_going_to_say(
     session: Session, before: tuple[type, ...], kind: type
@@ -253,7 +275,6 @@ def test_after_a_cancel_only_the_done_comes_and_says_cancelled_whatever_it_was_g
     opened(session, Generate(id="x", prompt="p"), *before)
     assert session.cancel(Cancel(id="x"), 10.0) == ["x"]
     assert session.admit(FRAMES[kind]("x"), 10.01) is None
-    assert session.is_stopping("x")
     end = session.admit(done("x", "error", error=ErrorDetail(code="internal", message="no")), 10.0425)
     timings = Timings(total_ms=9.0, ttft_ms=5.0, cancel_ms=42.5)
     assert end == Done(id="x", finish_reason="cancelled", usage=USAGE, timings=timings)
@@ -285,7 +306,7 @@ def test_a_cancel_of_what_is_not_active_is_refused_harmlessly(session: Session, 
     with pytest.raises(Refusal) as caught:
         session.cancel(cancel, 1.0)
     assert session.answer(caught.value) == Error(code="not_active", message=caught.value.message, id=cancel.id)
-    assert not any(session.is_stopping(id) for id in session.active)
+    assert session.cancel(Cancel(id="x"), 2.0) == ["x"] if cancel.id else not session.active
 
 
 def test_a_cancel_without_id_stops_all_that_is_not_stopping_yet(session: Session) -> None:
@@ -293,6 +314,13 @@ def test_a_cancel_without_id_stops_all_that_is_not_stopping_yet(session: Session
         session.open(message)
     session.cancel(Cancel(id="l"), 1.0)
     assert session.cancel(Cancel(), 2.0) == ["x", "y"]
+
+
+def test_what_is_taken_elsewhere_after_its_cancel_was_read_ends_here_without_a_done(session: Session) -> None:
+    opened(session, Generate(id="x", prompt="p"), Started, Token)
+    session.cancel(Cancel(id="x"), 1.0)
+    assert session.admit(Detached(id="x"), 2.0) == Detached(id="x")
+    assert not session.has("x")
 
 
 def test_a_cancelled_load_ends_in_an_error_even_if_the_model_came_in_time(session: Session) -> None:
@@ -325,16 +353,6 @@ def test_the_open_ids_are_told_oldest_first(session: Session) -> None:
         session.open(Generate(id=id, prompt="p"))
     session.admit(done("a"), 1.0)
     assert session.info() == ConnectionInfo(session="s", active=["b", "c"])
-
-
-def test_a_failure_of_the_servers_own_is_an_end_that_may_be_said(session: Session) -> None:
-    opened(session, Init(id="l"), Loading)
-    opened(session, Generate(id="x", prompt="p"), Started, Token)
-    failures = [session.failure(id, "internal", "no") for id in ("l", "x")]
-    assert failures[0] == Error(code="internal", message="no", id="l")
-    assert isinstance(failures[1], Done)
-    assert failures[1].error == ErrorDetail(code="internal", message="no")
-    assert [session.admit(frame, 1.0) for frame in failures] == failures
 
 
 # Which model the next generate uses. `a` and `b` are inits in the order in which they were read.
@@ -378,6 +396,13 @@ def test_the_model_chosen_is_that_of_the_last_init_that_did_not_fail(
 # Everything at once, against a model of four facts per id.
 
 AFTER = {(before[-1] if before else None): legal for before, legal in LEGAL.items()}
+AFTER_OF_A_RESUME = {(before[-1] if before else None): legal for before, legal in LEGAL_OF_A_RESUME.items()}
+AFTER_OF_A_LOAD = {(before[-1] if before else None): legal for before, legal in LEGAL_OF_A_LOAD.items()}
+OPENERS: dict[str, Callable[[str | None], Any]] = {
+    "load": lambda id: Init(id=id),
+    "resume": lambda id: resume(id or "r"),
+    "generate": lambda id: Generate(id=id, prompt="p"),
+}
 
 
 class Walk(RuleBasedStateMachine):
@@ -389,26 +414,29 @@ class Walk(RuleBasedStateMachine):
         super().__init__()
         self.session = Session("s", ServerState(started_at=0.0, max_active=2), max_open=4)
         self.order: dict[str, list[type]] = {}  # what was said of each open id, swallowed frames too
+        self.legal: dict[str, dict[Any, set[type[ServerMessage]]]] = {}
         self.loads: set[str] = set()
         self.stopped: dict[str, str] = {}
         self.ends = self.let_in = 0
 
-    @rule(target=ids, id=st.sampled_from(["a", "b", "auto-1", "auto-2", None]), load=st.booleans())
-    def open(self, id: str | None, load: bool) -> str:
-        message = Init(id=id) if load else Generate(id=id, prompt="p")
-        expected = "duplicate_id" if id in self.order else "shutting_down" if self.session.server.draining else None
+    @rule(target=ids, id=st.sampled_from(["a", "b", "auto-1", "auto-2", None]), kind=st.sampled_from(list(OPENERS)))
+    def open(self, id: str | None, kind: str) -> str:
+        message = OPENERS[kind](id)
+        id, draining = message.id, self.session.server.draining and kind != "resume"
+        expected = "duplicate_id" if id in self.order else "shutting_down" if draining else None
         expected = expected or ("overloaded" if len(self.order) == 4 else None)
         if expected:
             with pytest.raises(Refusal) as caught:
                 self.session.open(message)
             assert (caught.value.code, caught.value.id) == (expected, id)
             answer = self.session.answer(caught.value)
-            assert isinstance(answer, Error if load or expected == "duplicate_id" else Done)
+            assert isinstance(answer, Done if kind == "generate" and expected != "duplicate_id" else Error)
             return answer.id or "none"
         opened = self.session.open(message)
         assert opened == id or (id is None and opened not in self.order)
         self.order[opened], self.let_in = [], self.let_in + 1
-        self.loads |= {opened} if load else set()
+        self.loads |= {opened} if kind == "load" else set()
+        self.legal[opened] = {"load": AFTER_OF_A_LOAD, "resume": AFTER_OF_A_RESUME, "generate": AFTER}[kind]
         return opened
 
     @rule(id=st.one_of(ids, st.none()), now=st.floats(0, 100))
@@ -433,7 +461,7 @@ class Walk(RuleBasedStateMachine):
     def drain(self) -> None:
         self.session.server.draining = True
 
-    @rule(id=ids, kind=st.sampled_from([Loading, Ready, Queued, Started, Prefill, Token, Done, Error]))
+    @rule(id=ids, kind=st.sampled_from([kind for kind in FRAMES if kind not in (Goaway, StatusReport)]))
     def say(self, id: str, kind: type) -> None:
         frame = FRAMES[kind](id)
         if not self._legal(id, kind):
@@ -444,18 +472,16 @@ class Walk(RuleBasedStateMachine):
         stopped = self.stopped.get(id)
         told_before = kind is Queued and Queued in self.order[id]  # and the place in line is always the same here
         self.order[id].append(kind)
-        if kind not in (Ready, Done, Error):
+        if kind not in (Ready, Done, Detached, Error):
             assert out is (None if stopped or told_before else frame)
             return
         self._ended(id, frame, out, stopped)
 
     def _legal(self, id: str, kind: type) -> bool:
-        if id not in self.order or id in self.loads:
-            return id in self.order and kind in (Loading, Ready, Error)
-        return kind in AFTER[self.order[id][-1] if self.order[id] else None]
+        return id in self.order and kind in self.legal[id][self.order[id][-1] if self.order[id] else None]
 
     def _ended(self, id: str, frame: ServerMessage, out: ServerMessage | None, stopped: str | None) -> None:
-        if stopped is None:
+        if stopped is None or isinstance(frame, Detached):
             assert out is frame
         elif id in self.loads:
             assert isinstance(out, Error)
@@ -473,7 +499,6 @@ class Walk(RuleBasedStateMachine):
     def every_id_let_in_is_open_or_has_had_its_one_end(self) -> None:
         assert self.session.active == list(self.order)
         assert self.let_in == self.ends + len(self.order)
-        assert [self.session.is_stopping(id) for id in self.order] == [id in self.stopped for id in self.order]
 
 
 Walk.TestCase.settings = settings(

@@ -29,6 +29,14 @@ messages are described in protocol.md; "wsserver schema" prints their JSON Schem
 IN_WORDS: dict[Any, str] = {None: "auto", (): "none", False: "off"}
 
 
+class Size(int):
+    """A number of bytes, written as it is in an option."""
+
+    def __str__(self) -> str:
+        power = max(power for power in range(5) if self % 1024**power == 0)
+        return f"{self // 1024**power}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """What an operator can set."""
@@ -49,7 +57,15 @@ class Config:
     prefill_stretch: float = 3.0
     threads: int | None = None
     decode: str = "eager"
-    drain_timeout: float = 10.0
+    max_queue: int = 256
+    request_timeout: float = 600.0
+    step_timeout: float = 120.0
+    max_outbox_bytes: int = Size(1 << 20)
+    stall_timeout: float = 30.0
+    resume_window: float = 120.0
+    max_resume_bytes: int = Size(64 << 20)
+    max_detached_tokens: int = 2048
+    drain_timeout: float = 30.0
     log_level: str = "info"
 
 
@@ -156,7 +172,32 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         type=_decode,
         metavar="HOW",
     )
-    option("drain-timeout", "seconds that running generations get to finish after SIGTERM", type=_seconds, metavar="S")
+    option("max-queue", "requests that may wait in line for a model; one too many is refused", type=_positive, metavar="N")
+    option("request-timeout", "seconds that a request may take, its wait in line included", type=_span, metavar="S")
+    option(
+        "step-timeout",
+        "seconds after which a step of a model counts as hung; the model is loaded anew",
+        type=_span,
+        metavar="S",
+    )
+    option("max-outbox-bytes", "memory for what one client has not read yet, like 1MiB", type=_bytes, metavar="SIZE")
+    option("stall-timeout", "seconds after which a client that takes nothing is given up", type=_span, metavar="S")
+    option(
+        "resume-window",
+        "seconds that a resumable generation can be taken up after its connection was lost, or after its end",
+        type=_span,
+        metavar="S",
+    )
+    option(
+        "max-resume-bytes", "memory for what all resumable generations have said, like 64MiB", type=_bytes, metavar="SIZE"
+    )
+    option("max-detached-tokens", "tokens a resumable generation makes while nobody listens", type=_positive, metavar="N")
+    option(
+        "drain-timeout",
+        "seconds from SIGTERM to the end; running generations may finish until shortly before",
+        type=_seconds,
+        metavar="S",
+    )
     option("log-level", "how much to log: debug, info, warning, error", type=_log_level, metavar="LEVEL")
     return parser
 
@@ -178,11 +219,13 @@ def _threads(text: str) -> int | None:
 
 
 def _size(text: str) -> int | None:
-    if text == "auto":
-        return None
+    return None if text == "auto" else _bytes(text)
+
+
+def _bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)", text)
     if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; use auto, or a number with MB, GB, MiB or GiB, like 2GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number with MB, GB, MiB or GiB, like 2GiB")
     base = 1024 if "i" in found[2] else 1000
     return int(float(found[1]) * base ** "BKMGT".index(found[2][0]))
 
@@ -213,6 +256,12 @@ def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; use 0 or more, like 2.5")
     return float(text)
+
+
+def _span(text: str) -> float:
+    if not _seconds(text):
+        raise argparse.ArgumentTypeError("0 is too short; use a number of seconds over 0, like 2.5")
+    return _seconds(text)
 
 
 def _device(text: str) -> str:

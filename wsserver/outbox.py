@@ -21,11 +21,13 @@ class OutboxFull(Exception):
 
 
 class Outbox:
-    """Frames on their way out, `size` bytes of at most `max_bytes`."""
+    """Frames on their way out: `size` bytes of at most `max_bytes`, with the one that was taken out last."""
 
     def __init__(self, max_bytes: int = 1 << 20) -> None:
         self.max_bytes = max_bytes
         self.size = 0
+        # What was taken out last may still lie in this process, behind the socket's.
+        self._taken = 0
         self._frames: OrderedDict[int, ServerMessage] = OrderedDict()
         self._sizes: dict[int, int] = {}
         self._serial = 0
@@ -45,11 +47,11 @@ class Outbox:
         place = self._last.get(id) if id is not None else None
         if place is not None and (joined := _join(self._frames[place], frame)):
             # Measuring a growing text again for every token that joins it would cost the square of its length.
-            size = self._sizes[place] + _content(frame) if isinstance(frame, Token) else _size(joined)
+            size = self._sizes[place] + _content(frame) if isinstance(frame, Token) else weight(joined)
             self._put(place, joined, size)
             return
         self._serial += 1
-        self._put(self._serial, frame, _size(frame))
+        self._put(self._serial, frame, weight(frame))
         if id is None:
             return
         if not isinstance(frame, Error):
@@ -60,11 +62,16 @@ class Outbox:
             del self._last[id]
 
     def pop(self) -> bytes | None:
-        """Take the oldest frame out, encoded; None if there is none."""
+        """Take the oldest frame out, encoded; None if there is none. The one taken out before it must have gone by then."""
+        self.size -= self._taken
+        self._taken = 0
         if not self._frames:
             return None
         place, frame = self._frames.popitem(last=False)
-        self.size -= self._sizes.pop(place)
+        self._taken = self._sizes.pop(place)
+        if isinstance(frame, Done):  # it was let in whatever its size, and must not keep others out now
+            self.size -= self._taken
+            self._taken = 0
         id = getattr(frame, "id", None)
         if id is not None and self._last.get(id) == place:
             del self._last[id]
@@ -101,7 +108,8 @@ def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
     return None
 
 
-def _size(frame: ServerMessage) -> int:
+def weight(frame: ServerMessage) -> int:
+    """Give the bytes that a frame takes, about as many as in JSON."""
     if isinstance(frame, Token):
         return TOKEN_FRAME_BYTES + _length(frame.id) + _content(frame)
     return len(encode(frame))

@@ -31,6 +31,7 @@ ErrorCode = Literal[
     "unsupported",
     "shutting_down",
     "internal",
+    "resume_expired",
 ]
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "shutdown", "error"]
 
@@ -112,6 +113,7 @@ class Generate(_Message):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     ignore_eos: bool | None = None
+    resumable: bool | None = None
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
@@ -124,11 +126,19 @@ class Cancel(_Message):
     id: Id | None = None
 
 
+class Resume(_Message):
+    """Takes up a resumable generation whose connection was lost; `after_seq` is the next `seq` that the client expects."""
+
+    id: Id
+    resume_token: Annotated[str, Meta(min_length=1, max_length=128)]
+    after_seq: Int63 = 0
+
+
 class Status(_Message):
     """Asks what the server is doing."""
 
 
-ClientMessage = Init | Generate | Cancel | Status
+ClientMessage = Init | Generate | Cancel | Resume | Status
 
 
 # Server to client.
@@ -179,12 +189,26 @@ class Queued(_Message):
 
 
 class Started(_Message):
-    """The request's prefill begins."""
+    """The request's prefill begins; `resume_token` takes a resumable one up again on another connection."""
 
     id: str
     model: str
     prompt_tokens: int
     cached_tokens: int
+    resume_token: str | None = None
+
+
+class Resumed(_Message):
+    """A generation goes on here, from token number `seq`."""
+
+    id: str
+    seq: int
+
+
+class Detached(_Message):
+    """A generation goes on elsewhere, where it was resumed; this is its last frame here."""
+
+    id: str
 
 
 class Prefill(_Message):
@@ -238,11 +262,12 @@ class Timings(Struct, kw_only=True, omit_defaults=True):
     cancel_ms: float | None = None
 
 
-class ErrorDetail(Struct, kw_only=True):
-    """Why a generation ended with `finish_reason` "error"."""
+class ErrorDetail(Struct, kw_only=True, omit_defaults=True):
+    """Why a generation ended with `finish_reason` "error", and if waiting may help, how long."""
 
     code: ErrorCode
     message: str
+    retry_after_ms: int | None = None
 
 
 class Done(_Message):
@@ -263,6 +288,7 @@ class Error(_Message):
     code: ErrorCode
     message: str
     id: str | None = None
+    retry_after_ms: int | None = None
 
 
 class ServerInfo(Struct, kw_only=True):
@@ -295,7 +321,9 @@ class Goaway(_Message):
     deadline_ms: int
 
 
-ServerMessage = Loading | Ready | Queued | Started | Prefill | Token | Done | Error | StatusReport | Goaway
+ServerMessage = (
+    Loading | Ready | Queued | Started | Resumed | Prefill | Token | Done | Detached | Error | StatusReport | Goaway
+)
 
 # What may stand in a field whose values are listed.
 CHOICES: dict[str, tuple[str, ...]] = {

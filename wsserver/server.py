@@ -1,12 +1,12 @@
 """Listens, accepts, answers plain HTTP GETs, and drains when it is told to stop. Knows no messages and no models."""
 
 import asyncio
+import contextlib
 import http
 import logging
 import secrets
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -15,52 +15,68 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
-from wsserver import __version__
+from wsserver import __version__, tcp
 from wsserver.config import Config
 from wsserver.connection import CLOSE_TIMEOUT, Connection, Dispatch
+from wsserver.liveness import Liveness, ping_interval
 from wsserver.outbox import Outbox
 from wsserver.protocol import MAX_MESSAGE_BYTES, SUBPROTOCOL, CloseCode
+from wsserver.resumables import Resumables
 from wsserver.session import ServerState, Session
 
 log = logging.getLogger(__name__)
 
-# How much may lie in the kernel unsent. The rest waits in the outbox, where it merges and a cancel can drop it.
-UNSENT_BYTES = 16_384
-WRITE_LIMIT = 2_048  # and how much in this process behind the outbox
-# Seconds after which a peer that takes nothing is given up; the library's own keepalive waits behind what is unsent.
-VANISHED_AFTER = 30.0
+WRITE_LIMIT = 2_048  # how much may lie in this process behind the outbox
+UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for its own unread answers
+LOOKS = 20  # how often a connection is looked at in the time after which it counts as stalled
+# Where the system does not tell what a peer takes, a pong must come within so many seconds.
+PONG_WITHIN = 20.0
+CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
-INDEX = "wsserver speaks WebSocket at /ws; protocol.md describes the messages. GET /healthz says whether it is up.\n"
+INDEX = (
+    "wsserver speaks WebSocket at /ws; protocol.md describes the messages. "
+    "GET /healthz says whether it is up, GET /readyz whether it can serve.\n"
+)
 
 
 class Server:
     """The listening server, an async context manager; leaving it closes what is left without further notice."""
 
-    def __init__(self, config: Config, dispatch: Dispatch) -> None:
-        self.state = ServerState(started_at=time.monotonic(), max_active=config.max_active)
+    def __init__(self, config: Config, dispatch: Dispatch, problem: Callable[[], str | None] = lambda: None) -> None:
+        self.state = ServerState(time.monotonic(), config.max_active, config.request_timeout)
+        self.resumables = Resumables(config.resume_window, config.max_resume_bytes, config.max_detached_tokens)
         self._config = config
         self._dispatch = dispatch
-        self._connections: set[Connection] = set()
+        # What keeps it from serving, in words; None if nothing does.
+        self._problem = problem
+        self._connections: dict[Connection, Liveness] = {}
         self._listener: WebSocketServer
+        self._next_look: asyncio.TimerHandle
+        self._finish_by = 0.0  # when what runs has to have ended, once it drains
 
     async def __aenter__(self) -> Self:
         self._listener = await serve(
             self._accept,
             self._config.host,
             self._config.port,
-            process_request=_answer_get,
+            process_request=self._answer_get,
             select_subprotocol=_select_subprotocol,
             compression=None,
             max_size=MAX_MESSAGE_BYTES,
+            max_queue=UNREAD_MESSAGES,
             write_limit=WRITE_LIMIT,
+            ping_interval=ping_interval(self._config.stall_timeout),
+            ping_timeout=None if tcp.TELLS_TRAFFIC else PONG_WITHIN,
             server_header=f"wsserver/{__version__}",
         )
+        self._look()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._next_look.cancel()
         self._listener.close()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -70,6 +86,7 @@ class Server:
             for connection in self._connections:
                 connection.abort()
             await self._listener.wait_closed()
+        await self.resumables.close()
 
     @property
     def port(self) -> int:
@@ -78,46 +95,67 @@ class Server:
         return port
 
     async def drain(self) -> None:
-        """Stop serving: no new generations, running ones may finish until the drain timeout, then every client is closed."""
+        """Stop serving: no new generations, running ones may finish until the deadline, then every client is closed."""
         self.state.draining = True
-        connections = list(self._connections)
-        for connection in connections:
-            connection.go_away(self._config.drain_timeout)
-        await _within(self._config.drain_timeout, [asyncio.create_task(c.idle()) for c in connections])
-        connections = list(self._connections)
-        for connection in connections:
-            connection.stop_all("shutdown")
-        await _within(STOP_GRACE, [asyncio.create_task(c.idle()) for c in connections])
+        self._finish_by = time.monotonic() + self._config.drain_timeout - min(CLOSING, self._config.drain_timeout / 2)
+        for connection in list(self._connections):
+            connection.go_away(self._time_to_finish)
+        await _within(self._time_to_finish, self._all_idle())
+        for connection in list(self._connections):
+            connection.peer.stop_all("shutdown")
+        await _within(STOP_GRACE, self._all_idle())
         connections = list(self._connections)
         for connection in connections:
             connection.close(CloseCode.SERVICE_RESTART, "the server is stopping; connect again in a moment")
-        await _within(2 * CLOSE_TIMEOUT + 1, [asyncio.create_task(c.closed()) for c in connections])
+        await _within(2 * CLOSE_TIMEOUT + 1, asyncio.gather(*(connection.closed() for connection in connections)))
+
+    @property
+    def _time_to_finish(self) -> float:
+        return max(self._finish_by - time.monotonic(), 0.0)
+
+    async def _all_idle(self) -> None:
+        """Wait until nobody has an open id; what is resumed meanwhile counts too."""
+        while busy := [connection.peer for connection in self._connections if connection.peer.session.active]:
+            await asyncio.gather(*(peer.idle() for peer in busy))
 
     async def _accept(self, client: ServerConnection) -> None:
-        _set_options(client)
+        # The kernel's own patience is the last resort: it closes without a word.
+        tcp.set_options(client.transport, self._config.stall_timeout + 2 * CLOSE_TIMEOUT)
         session = Session(id=secrets.token_urlsafe(9), server=self.state)
-        connection = Connection(client, session, Outbox(), self._dispatch)
-        self._connections.add(connection)
+        outbox = Outbox(self._config.max_outbox_bytes)
+        connection = Connection(client, session, outbox, self.resumables, self._dispatch)
+        self._connections[connection] = Liveness(time.monotonic(), self._config.stall_timeout)
         if self.state.draining:
-            connection.go_away(self._config.drain_timeout)
+            connection.go_away(self._time_to_finish)
         log.debug("session %s: opened", session.id)
         try:
             await connection.run()
         finally:
-            self._connections.discard(connection)
+            del self._connections[connection]
             log.debug("session %s: closed with %s", session.id, client.close_code)
 
+    def _look(self) -> None:
+        """See who takes nothing any more, now and every now and then."""
+        now = time.monotonic()
+        if tcp.TELLS_TRAFFIC:
+            for connection, liveness in self._connections.items():
+                connection.look(liveness, now)
+        self._next_look = asyncio.get_running_loop().call_later(self._config.stall_timeout / LOOKS, self._look)
 
-def _answer_get(client: ServerConnection, request: Request) -> Response | None:
-    match request.path.partition("?")[0]:
-        case "/ws":
-            return None  # the handshake goes on, or the library answers 426
-        case "/healthz":
-            return client.respond(http.HTTPStatus.OK, "ok\n")
-        case "/":
-            return client.respond(http.HTTPStatus.OK, INDEX)
-        case _:
-            return client.respond(http.HTTPStatus.NOT_FOUND, INDEX)
+    def _answer_get(self, client: ServerConnection, request: Request) -> Response | None:
+        match request.path.partition("?")[0]:
+            case "/ws":
+                return None  # the handshake goes on, or the library answers 426
+            case "/healthz":
+                return client.respond(http.HTTPStatus.OK, "ok\n")
+            case "/readyz":
+                problem = "the server is stopping" if self.state.draining else self._problem()
+                status = http.HTTPStatus.SERVICE_UNAVAILABLE if problem else http.HTTPStatus.OK
+                return client.respond(status, f"{problem or 'ready'}\n")
+            case "/":
+                return client.respond(http.HTTPStatus.OK, INDEX)
+            case _:
+                return client.respond(http.HTTPStatus.NOT_FOUND, INDEX)
 
 
 def _select_subprotocol(client: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
@@ -125,16 +163,6 @@ def _select_subprotocol(client: ServerConnection, offered: Sequence[Subprotocol]
     return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
 
 
-def _set_options(client: ServerConnection) -> None:
-    accepted: socket.socket = client.transport.get_extra_info("socket")
-    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(VANISHED_AFTER * 1000))
-
-
-async def _within(seconds: float, tasks: list[asyncio.Task[None]]) -> None:
-    if tasks:
-        _, late = await asyncio.wait(tasks, timeout=seconds)
-        for task in late:
-            task.cancel()
+async def _within(seconds: float, work: Awaitable[object]) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(work, seconds)

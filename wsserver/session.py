@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from wsserver.protocol import (
     Cancel,
     ConnectionInfo,
+    Detached,
     Done,
     Error,
     ErrorCode,
@@ -24,6 +25,8 @@ from wsserver.protocol import (
     Queued,
     Ready,
     Refusal,
+    Resume,
+    Resumed,
     ServerMessage,
     Started,
     Timings,
@@ -37,6 +40,7 @@ class Phase(enum.Enum):
 
     LOADING = "an init was read"
     ACCEPTED = "a generate was read"
+    RESUMING = "a resume was read"
     STARTED = "its prefill began"
     STREAMING = "its first token was sent"
 
@@ -49,12 +53,18 @@ TRANSITIONS: dict[tuple[Phase, type[ServerMessage]], Phase | None] = {
     (Phase.ACCEPTED, Queued): Phase.ACCEPTED,
     (Phase.ACCEPTED, Started): Phase.STARTED,
     (Phase.ACCEPTED, Done): None,
+    (Phase.RESUMING, Resumed): Phase.STARTED,
     (Phase.STARTED, Prefill): Phase.STARTED,
     (Phase.STARTED, Token): Phase.STREAMING,
+    (Phase.STARTED, Detached): None,
     (Phase.STARTED, Done): None,
     (Phase.STREAMING, Token): Phase.STREAMING,
+    (Phase.STREAMING, Detached): None,
     (Phase.STREAMING, Done): None,
 }
+
+# How far an id has come that a message has just opened.
+OPENING = {Init: Phase.LOADING, Generate: Phase.ACCEPTED, Resume: Phase.RESUMING}
 
 SHUTTING_DOWN = "this server is stopping; connect again in a moment"
 
@@ -72,12 +82,10 @@ class TooManyBadMessages(Exception):
 @dataclass(slots=True)
 class _Open:
     phase: Phase
-    message: Init | Generate
+    message: Init | Generate | Resume
     stop: StopReason | None = None
     stopped_at: float = 0.0
-    # What the client was told so far, for an end that the model knows nothing of.
-    position: int | None = None
-    usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0))
+    position: int | None = None  # the place in line that the client was told last
 
 
 @dataclass(slots=True)
@@ -86,6 +94,7 @@ class ServerState:
 
     started_at: float
     max_active: int
+    request_timeout: float = 600.0  # seconds from reading a generate to its end
     draining: bool = False
 
 
@@ -110,8 +119,8 @@ class Session:
         """Count a message that could be decoded: the bad ones before it are forgiven."""
         self._bad_messages = 0
 
-    def open(self, message: Init | Generate) -> str:
-        """Let an init or a generate in; give its id, the client's or a new one.
+    def open(self, message: Init | Generate | Resume) -> str:
+        """Let in what opens an id; give the id, the client's or a new one.
 
         Raises:
             Refusal: `duplicate_id`, `shutting_down` or `overloaded`.
@@ -121,13 +130,14 @@ class Session:
                 "duplicate_id", f"$.id: {message.id!r} is still active here; pick another id or wait for its end", message.id
             )
         generates = isinstance(message, Generate)
-        if self.server.draining:
+        # What is resumed runs already, and may finish like everything that does.
+        if self.server.draining and not isinstance(message, Resume):
             raise Refusal("shutting_down", SHUTTING_DOWN, message.id, generates)
         if len(self._open) >= self.max_open:
             why = f"{self.max_open} requests are active on this connection; wait for one to end"
             raise Refusal("overloaded", why, message.id, generates)
         id = self._assign() if message.id is None else message.id
-        self._open[id] = _Open(Phase.ACCEPTED if generates else Phase.LOADING, message)
+        self._open[id] = _Open(OPENING[type(message)], message)
         if isinstance(message, Init):
             self._inits.append(message)
         return id
@@ -169,10 +179,6 @@ class Session:
             self._open[id].stop, self._open[id].stopped_at = reason, now
         return fresh
 
-    def is_stopping(self, id: str) -> bool:
-        """Whether an open id has been told to stop."""
-        return self._open[id].stop is not None
-
     def admit(self, frame: ServerMessage, now: float) -> ServerMessage | None:
         """Let out a frame about an open id, in the form in which it may go; None if a stop has overtaken it.
 
@@ -201,11 +207,11 @@ class Session:
             moved, entry.position = frame.position != entry.position, frame.position
             if not moved:
                 return None
-        elif isinstance(frame, Started):
-            entry.usage.prompt_tokens, entry.usage.cached_tokens = frame.prompt_tokens, frame.cached_tokens
-        elif isinstance(frame, Token):
-            entry.usage.completion_tokens += frame.n
         return None if entry.stop else frame
+
+    def has(self, id: str) -> bool:
+        """Whether an id is open."""
+        return id in self._open
 
     def info(self) -> ConnectionInfo:
         """Give this connection's part of a status."""
@@ -221,24 +227,17 @@ class Session:
         """The open ids, oldest first."""
         return list(self._open)
 
-    def failure(self, id: str, code: ErrorCode, message: str, total_ms: float = 0.0) -> ServerMessage:
-        """Give the frame that ends an open id for a reason of the server's own."""
-        if self._open[id].phase is Phase.LOADING:
-            return Error(code=code, message=message, id=id)
-        return replace(failed(id, code, message), usage=self._open[id].usage, timings=Timings(total_ms=total_ms))
-
     def _end(self, frame: ServerMessage, entry: _Open, now: float) -> ServerMessage:
-        if entry.stop is None:
+        if entry.stop is None or isinstance(frame, Detached):
             return frame
         if isinstance(frame, Done):
-            cancel_ms = round((now - entry.stopped_at) * 1000, 3) if entry.stop == "cancelled" else None
-            return replace(frame, finish_reason=entry.stop, error=None, timings=replace(frame.timings, cancel_ms=cancel_ms))
+            return stopped(frame, entry.stop, now - entry.stopped_at)
         id = getattr(frame, "id", None)
         if entry.stop == "cancelled":
             return Error(code="cancelled", message="the load was cancelled", id=id)
         return Error(code="shutting_down", message=SHUTTING_DOWN, id=id)
 
-    def _settle(self, message: Init | Generate, loaded: bool) -> None:
+    def _settle(self, message: Init | Generate | Resume, loaded: bool) -> None:
         # A failed init leaves the connection with the model it would have had without it.
         place = next((i for i, init in enumerate(self._inits) if init is message), None)
         if place is not None:
@@ -261,3 +260,9 @@ def failed(id: str, code: ErrorCode, message: str) -> Done:
         timings=Timings(total_ms=0.0),
         error=ErrorDetail(code=code, message=message),
     )
+
+
+def stopped(done: Done, reason: StopReason, seconds: float) -> Done:
+    """Give a done as it reads when a stop, read so many seconds ago, came before it."""
+    cancel_ms = round(seconds * 1000, 3) if reason == "cancelled" else None
+    return replace(done, finish_reason=reason, error=None, timings=replace(done.timings, cancel_ms=cancel_ms))

@@ -46,6 +46,7 @@ class GenerationRequest:
     min_tokens: int = 0
     logprobs: int | None = None
     deadline: float | None = None
+    owner: Hashable = None
 
     @property
     def most_tokens(self) -> int:

@@ -1,0 +1,162 @@
+"""One client, whatever it speaks through: its session and the jobs that serve its ids. What message handlers talk to.
+
+Knows no sockets: frames go to a link, which carries them, and may be slow.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Protocol
+
+from wsserver.job import Job
+from wsserver.protocol import Detached, Generate, Init, Refusal, Resume, Resumed, ServerMessage, Token
+from wsserver.resumables import Resumables
+from wsserver.session import Session, StopReason
+
+NEVER_THERE = "$.after_seq: no token frame ended there; give the seq + n of the last one received, 0 if there was none"
+
+
+class Link(Protocol):
+    """What carries frames to a client."""
+
+    # The bytes of the past that it should be given at once, before it is waited for.
+    replay_bytes: int
+
+    def push(self, frame: ServerMessage) -> None:
+        """Take a frame, to be sent in its turn."""
+        ...
+
+    def drop_tokens(self, id: str) -> None:
+        """Forget the tokens of an id that are not sent yet."""
+        ...
+
+    async def emptied(self) -> None:
+        """Wait until everything that was pushed is on its way."""
+        ...
+
+
+class Peer:
+    """One client. What was said about an id goes through the session, which knows what may be said next."""
+
+    def __init__(self, session: Session, link: Link, resumables: Resumables) -> None:
+        self.session = session
+        self._link = link
+        self._resumables = resumables
+        self._jobs: dict[str, Job] = {}  # by the ids that are open here
+        self._replays: dict[str, asyncio.Task[None]] = {}
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self._ending: list[asyncio.Task[None]] = []
+
+    # For message handlers.
+
+    def reply(self, frame: ServerMessage) -> None:
+        """Say something that is about no open id."""
+        self._link.push(frame)
+
+    def spawn(self, message: Init | Generate, serve: Callable[[Job], Coroutine[None, None, None]]) -> None:
+        """Open a message's id and serve it by a job.
+
+        Raises:
+            Refusal: the session does not let the message in.
+        """
+        id = self.session.open(message)
+        job = Job(id, message, self, self._resumables)
+        self._take(job)
+        job.start(serve)
+
+    def resume(self, message: Resume) -> None:
+        """Take up a job where its client left it, from another connection if that still has it.
+
+        Raises:
+            Refusal: there is no such job, it never was at that place, or the session does not let the message in.
+        """
+        job = self._resumables.find(message)
+        if not job.reaches(message.after_seq):
+            raise Refusal("bad_message", NEVER_THERE, message.id)
+        self.session.open(message)
+        if job.listener:
+            job.listener.lose(job)
+        self._take(job)
+        job.listen(self, live=False)
+        self._replays[job.id] = asyncio.create_task(self._replay(job, message.after_seq))
+        self.send(Resumed(id=job.id, seq=message.after_seq))
+
+    def stop(self, ids: list[str], reason: StopReason, now: float) -> None:
+        """Stop the jobs of ids that the session has just marked as stopping, at `now` seconds."""
+        for id in ids:
+            # What was made before a shutdown is not dropped: nobody asked to forget it.
+            if reason == "cancelled":
+                self._link.drop_tokens(id)
+            self._jobs[id].stop(reason, now)
+
+    # For jobs.
+
+    def send(self, frame: ServerMessage) -> None:
+        """Say something about an open id, if the session still lets it out."""
+        admitted = self.session.admit(frame, time.monotonic())
+        id: str = getattr(frame, "id", "")
+        if not self.session.has(id):
+            self._jobs[id].listen(None)
+            self._drop(id)
+        if admitted is not None:
+            self._link.push(admitted)
+
+    def lose(self, job: Job) -> None:
+        """Hear of a job no more: it was taken up elsewhere."""
+        if replay := self._replays.get(job.id):
+            replay.cancel()
+        self.send(Detached(id=job.id))
+
+    # For whoever holds the link.
+
+    def stop_all(self, reason: StopReason) -> None:
+        """Stop everything that still runs."""
+        now = time.monotonic()
+        self.stop(self.session.stop(self.session.active, reason, now), reason, now)
+
+    def leave(self) -> None:
+        """Hear and say nothing any more: jobs that are kept go on without a listener, all others end."""
+        for job in list(self._jobs.values()):
+            if not job.kept:
+                job.task.cancel()
+                self._ending.append(job.task)
+            job.listen(None)
+        for replay in self._replays.values():
+            replay.cancel()
+            self._ending.append(replay)
+        for id in list(self._jobs):
+            self._drop(id)
+
+    async def left(self) -> None:
+        """Wait until everything has ended that `leave` ends."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    async def idle(self) -> None:
+        """Wait until no id is open."""
+        await self._none_open.wait()
+
+    def _take(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        self._none_open.clear()
+
+    def _drop(self, id: str) -> None:
+        del self._jobs[id]
+        self._replays.pop(id, None)
+        if not self._jobs:
+            self._none_open.set()
+
+    async def _replay(self, job: Job, seq: int) -> None:
+        """Send what was said since `seq`, as fast as the link takes it; then let the job speak for itself."""
+        while self._jobs.get(job.id) is job:  # until its end was sent; or the link is gone, which may be too full
+            frame = job.after(seq, self._link.replay_bytes)
+            if frame is None:
+                # Nothing awaits from that look to here, so nothing is said in between.
+                del self._replays[job.id]
+                job.listen(self)
+                return
+            self.send(frame)
+            if isinstance(frame, Token):
+                seq += frame.n
+            await self._link.emptied()
