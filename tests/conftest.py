@@ -38,8 +38,12 @@ class Client:
 
     async def resume(self, before: "Client", id: str, **changes: Any) -> None:
         """Ask to take up what another client has begun, from where that one is; `changes` are fields to say otherwise."""
-        asked = before.asked(id)
-        message = {"type": "resume", "id": id, "resume_token": asked.resume_token, "after_seq": asked.next_seq, **changes}
+        await self.take_up(before.asked(id), **changes)
+
+    async def take_up(self, asked: Asked, **changes: Any) -> None:
+        """Ask to take up what was asked for on another connection, or on this one."""
+        message = {"type": "resume", "id": asked.message["id"], "resume_token": asked.resume_token, **changes}
+        message.setdefault("after_seq", asked.next_seq)
         self.checker.sent(message, asked)
         await self.socket.send(orjson.dumps(message).decode())
 

@@ -65,6 +65,11 @@ class Peer:
         await eventually(lambda: self.gone or not self.client.checker.open_questions())
         assert self.gone or self.client.frames[-1]["connection"]["active"] == []
 
+    async def take_up(self, asked: Asked) -> None:
+        self.asked_for += len(answer_to(asked.generation)[0])
+        with contextlib.suppress(ConnectionClosed):
+            await self.client.take_up(asked)
+
     async def ask(self, **message: Any) -> None:
         if message["type"] == "generate":
             self.asked_for += len(answer_to(message)[0])
@@ -81,11 +86,18 @@ class Walk:
     peers: list[Peer]
     stack: contextlib.AsyncExitStack
     serials: "itertools.count[int]" = field(default_factory=itertools.count)
+    checkers: list[Checker] = field(default_factory=list)  # of all clients there ever were
 
     async def connect(self) -> Peer:
         peer = Peer(await self.stack.enter_async_context(slow_client(self.server)))
         self.stack.push_async_callback(peer.leave)
+        self.checkers.append(peer.client.checker)
         return peer
+
+    def resumable(self) -> list[Asked]:
+        """Give what was ever asked for and got a token, as each connection saw it."""
+        asked = [a for checker in self.checkers for a in [*itertools.chain(*checker.open.values()), *checker.ended]]
+        return [a for a in asked if a.resume_token and a.generation]
 
     async def go(self, step: tuple[Any, ...]) -> None:
         match step:
@@ -113,6 +125,11 @@ class Walk:
             peer.pause()
         elif action == "resume":
             peer.resume()
+        elif action == "take up":
+            for _ in range(100):  # what has just been asked for may have begun by then
+                await asyncio.sleep(0)
+            if known := self.resumable():
+                await peer.take_up(known[-1 - fields["nth"] % len(known)])
         elif action == "drown":
             peer.pause()
             await peer.ask(type="generate", **self.filled("generate", fields))
@@ -131,7 +148,14 @@ class Walk:
             peer.resume()
         for peer in self.peers:
             await peer.settled()
-            for asked in peer.client.checker.ended:
+        # Whatever was resumable still is, and comes to the end it has or will have.
+        last = Peer(await self.stack.enter_async_context(self.server.client()))
+        self.stack.push_async_callback(last.leave)
+        for asked in self.resumable():
+            await last.take_up(asked)
+            await last.settled()
+        for checker in [*self.checkers, last.client.checker]:
+            for asked in checker.ended:
                 if asked.done:
                     check_answer(asked)
 
@@ -153,8 +177,8 @@ def answer_to(message: dict[str, Any]) -> tuple[str, str]:
 
 def check_answer(asked: Asked) -> None:
     assert asked.done
-    text = asked.done.get("text", "") if asked.message.get("stream") is False else asked.text
-    whole, natural_end = answer_to(asked.message)
+    text = asked.done.get("text", "") if asked.generation.get("stream") is False else asked.text
+    whole, natural_end = answer_to(asked.generation)
     match asked.done["finish_reason"]:
         case "error":
             assert asked.done["error"]["code"] in ("load_failed", "internal")
@@ -173,18 +197,25 @@ who = st.integers(0, 2)
 ids = st.sampled_from(["a", "b", "c"])
 which = st.sampled_from([ECHO, OTHER])
 prompts = st.sampled_from(["", "x", "é😀漢", "hello world " * 3, "y" * 300, "z" * 1100, WIDE * 12])
-named = st.fixed_dictionaries({"prompt": prompts, "id": ids}, optional={"stream": st.booleans()})
+named = st.fixed_dictionaries({"prompt": prompts, "id": ids}, optional={"stream": st.booleans(), "resumable": st.booleans()})
+resumables = st.fixed_dictionaries({"prompt": prompts, "id": ids, "resumable": st.just(True)})
 logprobs = st.integers(0, 20)
 unnamed = st.fixed_dictionaries({"prompt": prompts}, optional={"logprobs": logprobs})
 limited = st.fixed_dictionaries(
     {"prompt": st.just("xyz" * 9), "id": ids, "max_tokens": st.integers(1, 40)}, optional={"logprobs": logprobs}
 )
-flood = st.just({"prompt": WIDE * 12, "id": "flood", "ignore_eos": True, "max_tokens": 400})
+flood = st.fixed_dictionaries(
+    {"prompt": st.just(WIDE * 12), "id": st.just("flood"), "ignore_eos": st.just(True), "max_tokens": st.just(400)},
+    optional={"resumable": st.booleans()},
+)
 moves = st.one_of(
     st.tuples(who, st.just("generate"), named),
     st.tuples(who, st.just("generate"), unnamed | limited),
     st.tuples(who, st.sampled_from(["generate", "drown"]), flood),
     st.tuples(who, st.just("cancel"), st.fixed_dictionaries({"id": ids})),
+    st.tuples(who, st.just("generate"), resumables),
+    st.tuples(who, st.just("take up"), st.fixed_dictionaries({"nth": st.integers(0, 9)})),
+    st.tuples(who, st.sampled_from(["take up", "leave"]), st.fixed_dictionaries({"nth": st.just(0)})),
     st.tuples(who, st.just("cancel"), optional(id=st.sampled_from(["flood", "nobody"]))),
     st.tuples(who, st.just("init"), optional(id=ids, model=which)),
     st.tuples(who, st.just("init"), st.fixed_dictionaries({"model": which, "id": ids})),
@@ -198,7 +229,7 @@ moves = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(steps=st.lists(moves, min_size=8, max_size=50), clients=st.integers(1, 3), max_active=st.integers(1, 3))
 async def test_the_contract_holds_on_every_walk(steps: list[tuple[Any, ...]], clients: int, max_active: int) -> None:
     async with scripted(max_active=max_active) as (server, echo):
