@@ -34,6 +34,7 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "max_detached_tokens": ("5", 5),
     "drain_timeout": ("0.5", 0.5),
     "log_level": ("debug", "debug"),
+    "echo_path": ("on", True),
 }
 BAD = [
     ("port", "abc"),
@@ -86,6 +87,7 @@ BAD = [
     ("drain_timeout", "nan"),
     ("drain_timeout", "inf"),
     ("log_level", "loud"),
+    ("echo_path", "yes"),
 ]
 
 
@@ -140,6 +142,7 @@ def test_without_arguments_the_defaults_are_served() -> None:
         max_detached_tokens=2048,
         drain_timeout=30.0,
         log_level="info",
+        echo_path=False,
     )
     assert parse([], {}) == ("serve", expected)
     assert parse(["serve"], {"WSSERVER_UNKNOWN": "x", "PORT": "1", "HOST": "h"}) == ("serve", expected)

@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.conftest import Running, running
@@ -26,6 +27,7 @@ async def get(server: Running, path: str, headers: str = "") -> tuple[int, str]:
         ("/favicon.ico", 404),
         ("/healthz/", 404),
         ("/ws/", 404),
+        ("/echo", 404),
         ("/../../etc/passwd", 404),
         ("/ws", 426),
     ],
@@ -51,6 +53,16 @@ async def test_health_is_answered_while_a_generation_runs() -> None:
         await client.send(type="generate", prompt="abc")
         await model.in_step(1)
         assert (await get(server, "/healthz"))[0] == 200
+
+
+async def test_the_echo_path_answers_every_message_with_itself_once_it_is_asked_for() -> None:
+    async with running(echo_path=True) as server:
+        async with connect(server.url.replace("/ws", "/echo?agent=x")) as socket:
+            for message in ("{}", "ž" * 1000, "", b"\x00\xff", b""):
+                await socket.send(message)
+                assert await socket.recv() == message
+        async with server.client() as client:
+            assert (await client.generate(prompt="hello"))["joined"] == "hello"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ class Config:
     max_detached_tokens: int = 2048
     drain_timeout: float = 30.0
     log_level: str = "info"
+    echo_path: bool = False
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, Config]:
@@ -130,7 +131,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     option(
         "offload",
         "whether a model that the GPUs have no room for may lie in the CPU's memory in part, and be slow: on, off",
-        type=_offload,
+        type=_switch,
         metavar="ON",
     )
     option("max-active", "generations that run at once on a model; more wait in line", type=_positive, metavar="N")
@@ -199,6 +200,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         metavar="S",
     )
     option("log-level", "how much to log: debug, info, warning, error", type=_log_level, metavar="LEVEL")
+    option("echo-path", "answer every message at /echo with itself, for protocol tests: on, off", type=_switch, metavar="ON")
     return parser
 
 
@@ -278,7 +280,7 @@ def _quantization(text: str) -> str:
     return _choice(text, protocol.CHOICES["quantization"])
 
 
-def _offload(text: str) -> bool:
+def _switch(text: str) -> bool:
     return _choice(text, ("on", "off")) == "on"
 
 

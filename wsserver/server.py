@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from websockets.asyncio.server import Server as WebSocketServer
-from websockets.asyncio.server import ServerConnection, serve
+from websockets.asyncio.server import ServerConnection, broadcast, serve
+from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 WRITE_LIMIT = 2_048  # how much may lie in this process behind the outbox
 UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for its own unread answers
 LOOKS = 20  # how often a connection is looked at in the time after which it counts as stalled
+ECHO_PATH = "/echo"  # for tests of the protocol under ours, and only where the operator has asked for it
 # Where the system does not tell what a peer takes, a pong must come within so many seconds.
 PONG_WITHIN = 20.0
 CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
@@ -121,6 +123,9 @@ class Server:
     async def _accept(self, client: ServerConnection) -> None:
         # The kernel's own patience is the last resort: it closes without a word.
         tcp.set_options(client.transport, self._config.stall_timeout + 2 * CLOSE_TIMEOUT)
+        if _path(client.request) == ECHO_PATH:
+            await _echo(client)
+            return
         session = Session(id=secrets.token_urlsafe(9), server=self.state)
         outbox = Outbox(self._config.max_outbox_bytes)
         connection = Connection(client, session, outbox, self.resumables, self._dispatch)
@@ -143,9 +148,11 @@ class Server:
         self._next_look = asyncio.get_running_loop().call_later(self._config.stall_timeout / LOOKS, self._look)
 
     def _answer_get(self, client: ServerConnection, request: Request) -> Response | None:
-        match request.path.partition("?")[0]:
+        match _path(request):
             case "/ws":
                 return None  # the handshake goes on, or the library answers 426
+            case path if path == ECHO_PATH and self._config.echo_path:
+                return None
             case "/healthz":
                 return client.respond(http.HTTPStatus.OK, "ok\n")
             case "/readyz":
@@ -156,6 +163,17 @@ class Server:
                 return client.respond(http.HTTPStatus.OK, INDEX)
             case _:
                 return client.respond(http.HTTPStatus.NOT_FOUND, INDEX)
+
+
+def _path(request: Request | None) -> str:
+    return request.path.partition("?")[0] if request else ""
+
+
+async def _echo(client: ServerConnection) -> None:
+    """Answer every message with itself, sent as /ws sends its frames. There is no session, and a drain does not know it."""
+    with contextlib.suppress(ConnectionClosed):
+        async for message in client:
+            broadcast((client,), message)
 
 
 def _select_subprotocol(client: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
