@@ -4,15 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := LLM/HuggingFaceTB/SmolLM2-135M-Instruct/config.json
 GEMMA := LLM/google/gemma-3-270m/gemma-3-270m-q4_k_m.gguf
+AUTOBAHN := build/autobahn
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve install test torture bench check format clean
+# The Autobahn testsuite is a Python 2.7 program. pyenv's launchers find one only where it is chosen, so pyenv is asked first.
+PYTHON2 ?= $(or $(wildcard $(shell pyenv prefix 2.7 2>/dev/null)/bin/python2.7),$(shell command -v python2.7 2>/dev/null))
+
+.PHONY: help serve install test torture autobahn bench check format clean
 
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
 	@echo "make install  make .venv with the wsserver command in it, and put the default model into LLM/"
 	@echo "make test     run all tests; puts Gemma 3 270M into LLM/ too, 0.3 GB"
 	@echo "make torture  run the tests that take many minutes"
+	@echo "make autobahn run the Autobahn testsuite against the server, and beside it the bare library; needs Python 2.7"
 	@echo "make bench    measure the server beside its peers; ARGS=--quick only tries"
 	@echo "make check    check format, style and types"
 	@echo "make format   format the code"
@@ -29,6 +34,9 @@ test: .venv/installed-dev $(MODEL) $(GEMMA)
 torture: .venv/installed-dev $(MODEL)
 	$(BIN)/python -m pytest -m torture
 
+autobahn: .venv/installed-dev $(AUTOBAHN)/installed
+	$(BIN)/python -m tests.autobahn $(AUTOBAHN)/bin/wstest
+
 bench: .venv/installed-bench $(MODEL)
 	$(BIN)/python -m bench $(ARGS)
 
@@ -42,7 +50,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv LLM/.partial $(dir $(MODEL)) $(dir $(GEMMA))
+	rm -rf .venv $(AUTOBAHN) LLM/.partial $(dir $(MODEL)) $(dir $(GEMMA))
 
 # The stamps are written last, so that an interrupted install is done again.
 .venv/installed: pyproject.toml constraints.txt
@@ -60,6 +68,14 @@ clean:
 .venv/installed-bench: .venv/installed-dev
 	$(PIP) --editable ".[dev,bench]"
 	-$(PIP) llama-cpp-python
+	touch $@
+
+# The last virtualenv that makes environments of Python 2.7.
+$(AUTOBAHN)/installed: | .venv/installed-dev
+	@test -n "$(PYTHON2)" || { echo "make autobahn needs Python 2.7: make autobahn PYTHON2=/path/to/python2.7"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(AUTOBAHN)/virtualenv virtualenv==20.21.1
+	PYTHONPATH=$(AUTOBAHN)/virtualenv $(BIN)/python -m virtualenv --quiet --python $(PYTHON2) $(AUTOBAHN)
+	$(AUTOBAHN)/bin/pip install --quiet --disable-pip-version-check autobahntestsuite==25.10.1
 	touch $@
 
 $(MODEL): | .venv/installed
