@@ -111,9 +111,11 @@ async def test_a_cut_ends_both_sides_cleanly(frozen: bool) -> None:
             ends.link.freeze()
             await send(ends.server, b"lost")
         ends.link.cut()
-        for _ in range(2):
-            assert [await receive(side, 1) for side in (ends.client, ends.server)] == [b"", b""]
-            await other.round_trip()  # time enough for an RST
+        assert [await receive(side, 1) for side in (ends.client, ends.server)] == [b"", b""]
+        for _ in range(3):
+            await other.round_trip()  # time enough for an RST, after which nothing could be sent
+        await send(ends.server, b"unheard")
+        await send(ends.client, b"unheard")
 
 
 async def test_a_cut_drops_what_no_reader_had_taken_yet() -> None:
