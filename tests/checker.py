@@ -2,63 +2,36 @@
 
 Written from protocol.md, without looking at the session: the two must agree by themselves. What the server has read is known
 where it answers in order: the reply to a status says that everything sent before it was read, and what was open just then.
-A resumed generation is told what its last connection saw of it, and goes on from there.
+A generation that outlives its connection goes on with the next one's checker, which shares what the first has seen of it.
 """
 
 import itertools
 import json
-from dataclasses import dataclass, field
 from typing import Any
+
+from tests.asked import Asked, Resumable
 
 # What may come after what, for one generation or one load.
 FOLLOWERS = {
-    "nothing": {"queued", "started", "done", "loading", "ready", "resumed"},
+    "nothing": {"queued", "started", "done", "loading", "ready"},
     "queued": {"queued", "started", "done"},
     "started": {"prefill", "token", "done", "detached"},
-    "resumed": {"prefill", "token", "done", "detached"},
     "prefill": {"prefill", "token", "done", "detached"},
     "token": {"token", "done", "detached"},
+    "resumed": {"prefill", "token", "done", "detached"},
     "loading": {"loading", "ready"},
 }
 OF_LOAD = {"loading", "ready"}
-OF_GENERATION = {"queued", "started", "resumed", "prefill", "token", "done", "detached"}
-# What must have been asked for where these come; everything else of a generation follows a generate or a resume.
-ANSWERS = {"loading": "init", "ready": "init", "queued": "generate", "started": "generate", "resumed": "resume"}
+OF_GENERATION = {"queued", "started", "prefill", "token", "done", "detached"}
 FINISH_REASONS = {"stop", "length", "cancelled", "timeout", "shutdown", "error"}
-
-
-@dataclass(eq=False)
-class Asked:
-    """One init, generate or resume that was sent, and what came of it."""
-
-    serial: int
-    message: dict[str, Any]
-    # Of a resume: the generation as the connection saw it that had it before.
-    before: "Asked | None" = None
-    last: str = "nothing"
-    next_seq: int = 0
-    text: str = ""
-    scored: list[dict[str, Any]] = field(default_factory=list)
-    done: dict[str, Any] | None = None
-    cancels_sent: list[int] = field(default_factory=list)
-    cancel_was_read: bool = False
-
-    resume_token: str | None = None
-
-    @property
-    def kind(self) -> str:
-        return self.message["type"]
-
-    @property
-    def generation(self) -> dict[str, Any]:
-        """The generate that began it; empty if that is not known."""
-        return self.message if self.kind == "generate" else self.before.generation if self.before else {}
 
 
 class Checker:
     """Follows one connection. `sent` and `received` raise AssertionError at the first broken rule."""
 
-    def __init__(self) -> None:
+    def __init__(self, resumable: Resumable | None = None) -> None:
+        # Shared by the checkers of connections that resume each other's generations.
+        self.resumable: Resumable = {} if resumable is None else resumable
         # For each id what was sent and has no end yet, oldest first: the first is open, the others are duplicates or early.
         self.open: dict[str, list[Asked]] = {}
         self.unnamed: list[Asked] = []
@@ -68,26 +41,31 @@ class Checker:
         self.dones: list[dict[str, Any]] = []
         self.ended: list[Asked] = []
         self._serials = itertools.count()
+        self._resumes: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # sent and not answered yet
         self._statuses: list[int] = []
         self._cancels: list[tuple[int, str | None]] = []
         self._nameless: int = 0  # sent without a type or with an impossible id, so that the answer names nothing
         self._going_away = False
 
-    def sent(self, message: dict[str, Any], before: Asked | None = None) -> None:
+    def sent(self, message: dict[str, Any]) -> None:
         kind, id, serial = message.get("type"), message.get("id"), next(self._serials)
         if kind == "status":
             self._statuses.append(serial)
-        elif not isinstance(kind, str) or not (id is None or (isinstance(id, str) and 1 <= len(id) <= 128)):
+        elif (
+            not isinstance(kind, str)
+            or (kind == "resume" and id is None)
+            or not (id is None or (isinstance(id, str) and 1 <= len(id) <= 128))
+        ):
             self._nameless += 1
-        elif kind in ("generate", "init", "resume"):
-            asked = Asked(serial, message, before)
-            asked.next_seq = message.get("after_seq", 0) if kind == "resume" else 0
-            asked.text = before.text if before else ""
+        elif kind in ("generate", "init"):
+            asked = Asked(serial, message)
             if id is None:
                 self.unnamed.append(asked)
                 self._to_be_named.append(asked)
             else:
                 self.open.setdefault(id, []).append(asked)
+        elif kind == "resume":
+            self._resumes.setdefault(message["id"], []).append((serial, message))
         elif kind == "cancel":
             self._cancels.append((serial, id))
             for asked in self._pending(id):
@@ -104,6 +82,8 @@ class Checker:
         kind = frame["type"]
         if kind in OF_LOAD | OF_GENERATION:
             self._of_open_id(kind, frame)
+        elif kind == "resumed":
+            self._resumed(frame)
         elif kind == "error":
             self._error(frame.get("id"), frame["code"], frame)
         elif kind == "status":
@@ -120,34 +100,29 @@ class Checker:
 
     def open_questions(self) -> list[Any]:
         """Give what was asked and has no end yet."""
-        return [*self._pending(None), *self._statuses]
+        return [*self._pending(None), *itertools.chain(*self._resumes.values()), *self._statuses]
 
     def _of_open_id(self, kind: str, frame: dict[str, Any]) -> None:
         asked = self._asked(kind, frame)
         assert kind in FOLLOWERS[asked.last], f"{kind} after {asked.last}: {frame}"
-        overtaken = asked.cancel_was_read and kind != "done"
+        overtaken = asked.cancel_was_read and kind not in ("done", "detached")
         assert not overtaken, f"the cancel had been read when this was sent: {frame}"
         asked.last = kind
         match kind:
             case "queued":
                 assert frame["position"] >= 1, f"no place in a line: {frame}"
+            case "started":
+                self._started(asked, frame)
             case "prefill":
                 assert 0 < frame["done"] < frame["total"], f"no progress: {frame}"
             case "loading":
                 assert 0 <= frame["progress"] <= 1, f"no progress: {frame}"
-            case "started":
-                asked.resume_token = frame.get("resume_token")
-                resumable = bool(asked.message.get("resumable"))
-                assert (asked.resume_token is not None) == resumable, f"a token unasked for, or none: {frame}"
-            case "resumed":
-                assert frame["seq"] == asked.next_seq, f"resumed elsewhere: {frame}, expected seq {asked.next_seq}"
-                asked.resume_token = asked.message["resume_token"]
             case "token":
                 self._token(asked, frame)
             case "done":
                 self._done(asked, frame)
             case "detached":
-                assert asked.resume_token, f"taken elsewhere without a token: {frame}"
+                assert asked.message.get("resumable"), f"detached, but nobody could resume it: {frame}"
                 self._end(frame["id"], 0)
             case "ready":
                 self._end(frame["id"], 0)
@@ -155,13 +130,12 @@ class Checker:
     def _asked(self, kind: str, frame: dict[str, Any]) -> Asked:
         id = frame.get("id")
         assert isinstance(id, str), f"a frame without id: {frame}"
-        wanted = ANSWERS.get(kind)
+        wanted = "init" if kind in OF_LOAD else "generate"
         if id not in self.open and id.startswith("auto-"):
-            self._name(id, wanted or "generate")
+            self._name(id, wanted)
         assert id in self.open, f"a frame for an id that is not open: {frame}"
         asked = self.open[id][0]
-        fits = asked.kind == wanted if wanted else asked.kind != "init"
-        assert fits, f"{kind} answers {asked.message}"
+        assert asked.kind == wanted, f"{kind} answers {asked.message}"
         return asked
 
     def _name(self, id: str, wanted: str) -> None:
@@ -172,12 +146,38 @@ class Checker:
         self.unnamed.remove(asked)
         self.open[id] = [asked]
 
+    def _started(self, asked: Asked, frame: dict[str, Any]) -> None:
+        token = frame.get("resume_token")
+        assert bool(token) == bool(asked.message.get("resumable")), (
+            f"a resume_token unasked for, or asked for in vain: {frame}"
+        )
+        if token:
+            self.resumable[frame["id"], token] = asked
+
+    def _resumed(self, frame: dict[str, Any]) -> None:
+        id, seq = frame["id"], frame["seq"]
+        assert id not in self.open or self.open[id][0].last == "nothing", f"resumed what is active here: {frame}"
+        serial, message = self._answered_resume(id, frame)
+        key = (id, message["resume_token"])
+        assert key in self.resumable, f"resumed with a token that nobody was given: {frame}"
+        assert seq == message.get("after_seq", 0), f"resumed elsewhere than asked: {frame}"
+        cancels = [at for at, whose in self._cancels if whose in (id, None) and at > serial]
+        asked = self.resumable[key] = self.resumable[key].resumed(serial, seq, cancels)
+        self.open.setdefault(id, []).insert(0, asked)
+
+    def _answered_resume(self, id: str, frame: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        assert self._resumes.get(id), f"an answer to a resume that was not sent: {frame}"
+        answered = self._resumes[id].pop(0)
+        if not self._resumes[id]:
+            del self._resumes[id]
+        return answered
+
     def _token(self, asked: Asked, frame: dict[str, Any]) -> None:
-        assert asked.generation.get("stream") is not False, f"a token of an answer that was not to be streamed: {frame}"
+        assert asked.message.get("stream") is not False, f"a token of an answer that was not to be streamed: {frame}"
         assert frame["seq"] == asked.next_seq, f"a gap or a double: {frame}, expected seq {asked.next_seq}"
         assert frame["n"] >= 1, f"a token frame of nothing: {frame}"
         assert frame["text"], f"an empty token frame: {frame}"
-        wanted, entries = asked.generation.get("logprobs"), frame.get("logprobs")
+        wanted, entries = asked.message.get("logprobs"), frame.get("logprobs")
         assert (entries is None) == (wanted is None), f"logprobs unasked for, or asked for in vain: {frame}"
         if entries is not None:
             assert len(entries) == frame["n"], f"not one logprob for each token: {frame}"
@@ -186,6 +186,8 @@ class Checker:
             asked.scored += entries
         asked.next_seq += frame["n"]
         asked.text += frame["text"]
+        border = asked.borders.setdefault(asked.next_seq, len(asked.text))
+        assert border == len(asked.text), f"another text than on the last connection: {frame}"
 
     def _done(self, asked: Asked, frame: dict[str, Any]) -> None:
         reason, usage = frame["finish_reason"], frame["usage"]
@@ -193,15 +195,14 @@ class Checker:
         assert (reason == "error") == ("error" in frame), f"error and finish_reason disagree: {frame}"
         assert asked.next_seq <= usage["completion_tokens"], f"more tokens sent than made: {frame}"
         assert (reason == "cancelled") == ("cancel_ms" in frame["timings"]), f"cancel_ms without a cancel: {frame}"
-        elsewhere = asked.kind == "resume"  # a cancel may have been read there
-        assert reason != "cancelled" or asked.cancels_sent or elsewhere, f"cancelled by nobody: {frame}"
+        assert reason != "cancelled" or asked.cancels_sent or asked.cancelled_before, f"cancelled by nobody: {frame}"
         assert reason != "shutdown" or self._going_away, f"shutdown without goaway: {frame}"
         assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"
         assert all(ms >= 0 for ms in frame["timings"].values()), f"time runs backwards: {frame}"
-        whole = asked.generation.get("stream") is False
+        whole = asked.message.get("stream") is False
         assert whole or not {"text", "logprobs"} & frame.keys(), f"what came in token frames comes again: {frame}"
         for entry in frame.get("logprobs", ()):
-            _scored(entry, asked.generation["logprobs"])
+            _scored(entry, asked.message["logprobs"])
         asked.done = frame
         self.texts[frame["id"]], self.scored[frame["id"]] = asked.text, asked.scored
         self.dones.append(frame)
@@ -210,6 +211,8 @@ class Checker:
     def _error(self, id: str | None, code: str, frame: dict[str, Any]) -> None:
         if code == "not_active":
             self._not_active(id, frame)
+        elif id is not None and self._answers_resume(id, code, frame):
+            self._answered_resume(id, frame)
         elif id is not None:
             if id not in self.open and id.startswith("auto-"):
                 self._name(id, "init")
@@ -224,16 +227,19 @@ class Checker:
             self.unnamed.remove(refused)
             self._to_be_named.remove(refused)
 
+    def _answers_resume(self, id: str, code: str, frame: dict[str, Any]) -> bool:
+        # Ids of generations and of resumes are told apart by what the error says, or by what else it could answer.
+        if code == "resume_expired" or frame["message"].startswith(("$.after_seq", "$.resume_token")):
+            return True
+        return id in self._resumes and len(self.open.get(id, ())) <= 1
+
     def _place_of_error(self, line: list[Asked], code: str, frame: dict[str, Any]) -> int:
         # An error answers a newcomer behind the open one and leaves that alone, or it ends the open one: only a load.
         first, *others = line
-        refused = {"model_not_found": "init", "resume_expired": "resume"}.get(code)
-        if code == "bad_message" and frame["message"].startswith("$.after_seq"):
-            refused = "resume"
-        if refused:
-            asked_for = [place for place, asked in enumerate(line) if asked.kind == refused and asked.last == "nothing"]
-            assert asked_for, f"no {refused} can have asked for this: {frame}"
-            return asked_for[0]
+        if code == "model_not_found":
+            inits = [place for place, asked in enumerate(line) if asked.kind == "init" and asked.last == "nothing"]
+            assert inits, f"no init can have asked for this: {frame}"
+            return inits[0]
         beside = others and (code in ("bad_message", "duplicate_id") or (code == "unsupported" and first.kind == "generate"))
         assert beside or code != "duplicate_id", f"a duplicate of nothing: {frame}"
         assert beside or first.kind == "init", f"an error ended a generation: {frame}"
@@ -254,6 +260,8 @@ class Checker:
     def _status(self, frame: dict[str, Any]) -> None:
         assert self._statuses, "a status that nobody asked for"
         serial = self._statuses.pop(0)
+        late = [message for at, message in itertools.chain(*self._resumes.values()) if at < serial]
+        assert not late, f"a resume went unanswered: {late}"
         read = {id: [a for a in line if a.serial < serial] for id, line in self.open.items()}
         unnamed = [a for a in self.unnamed if a.serial < serial]
         for id, line in read.items():

@@ -14,7 +14,8 @@ from handlers import dispatcher
 from LLM.engine.worker import EngineSettings
 from LLM.listing import MODELS_ROOT
 from LLM.model_service import Keeping, ModelService
-from tests.checker import Asked, Checker
+from tests.asked import Asked, Resumable
+from tests.checker import Checker
 from wsserver.__main__ import load_options
 from wsserver.config import Config
 from wsserver.server import Server
@@ -27,30 +28,14 @@ PATIENCE = 30.0  # seconds without a frame after which a test fails instead of h
 class Client:
     """One client connection; every frame passes the checker."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: ClientConnection, resumable: Resumable | None = None) -> None:
         self.socket = socket
-        self.checker = Checker()
+        self.checker = Checker(resumable)
         self.frames: list[dict[str, Any]] = []
 
     async def send(self, **message: Any) -> None:
         """Send one message, given as its fields."""
         await self.send_text(orjson.dumps(message).decode())
-
-    async def resume(self, before: "Client", id: str, **changes: Any) -> None:
-        """Ask to take up what another client has begun, from where that one is; `changes` are fields to say otherwise."""
-        await self.take_up(before.asked(id), **changes)
-
-    async def take_up(self, asked: Asked, **changes: Any) -> None:
-        """Ask to take up what was asked for on another connection, or on this one."""
-        message = {"type": "resume", "id": asked.message["id"], "resume_token": asked.resume_token, **changes}
-        message.setdefault("after_seq", asked.next_seq)
-        self.checker.sent(message, asked)
-        await self.socket.send(orjson.dumps(message).decode())
-
-    def asked(self, id: str) -> Asked:
-        """Give what this client asked for under an id last, running or ended."""
-        running = self.checker.open.get(id)
-        return running[0] if running else [asked for asked in self.checker.ended if asked.message.get("id") == id][-1]
 
     async def send_text(self, text: str) -> None:
         """Send one text frame, whatever it holds."""
@@ -58,6 +43,17 @@ class Client:
             message = orjson.loads(text)
             self.checker.sent(message if isinstance(message, dict) else {})
         await self.socket.send(text)
+
+    async def resume(self, before: "Client", id: str, **changes: Any) -> None:
+        """Ask to take up what another client has begun, from where that one is; `changes` are fields to say otherwise."""
+        asked = before.asked(id)
+        token = next(token for (_, token), known in self.checker.resumable.items() if known.message is asked.message)
+        await self.send(**{"type": "resume", "id": id, "resume_token": token, "after_seq": asked.next_seq, **changes})
+
+    def asked(self, id: str) -> Asked:
+        """Give what this client asked for under an id last, running or ended."""
+        running = self.checker.open.get(id)
+        return running[0] if running else [asked for asked in self.checker.ended if asked.message.get("id") == id][-1]
 
     async def aclose(self) -> None:
         """Close the connection as a client does that is done."""
@@ -105,12 +101,13 @@ class Running:
         self.server = server
         self.models = models
         self.url = f"ws://127.0.0.1:{server.port}/ws"
+        self.resumable: Resumable = {}  # by any client
 
     @contextlib.asynccontextmanager
     async def client(self, **options: Any) -> AsyncIterator[Client]:
         """Connect a client."""
         async with connect(self.url, compression=None, **options) as socket:
-            yield Client(socket)
+            yield Client(socket, self.resumable)
 
 
 @contextlib.asynccontextmanager

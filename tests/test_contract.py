@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
-from tests.checker import Asked, Checker
+from tests.asked import Asked, Resumable
+from tests.checker import Checker
 from tests.conftest import ECHO, Client, Running, eventually
 from tests.scripted import WIDE, ScriptedModel, put, scripted, slow_client
 from wsserver.outbox import Outbox
@@ -65,14 +66,12 @@ class Peer:
         await eventually(lambda: self.gone or not self.client.checker.open_questions())
         assert self.gone or self.client.frames[-1]["connection"]["active"] == []
 
-    async def take_up(self, asked: Asked) -> None:
-        self.asked_for += len(answer_to(asked.generation)[0])
-        with contextlib.suppress(ConnectionClosed):
-            await self.client.take_up(asked)
-
     async def ask(self, **message: Any) -> None:
         if message["type"] == "generate":
             self.asked_for += len(answer_to(message)[0])
+        elif message["type"] == "resume":
+            asked = self.client.checker.resumable[message["id"], message["resume_token"]]
+            self.asked_for += len(answer_to(asked.message)[0])
         with contextlib.suppress(ConnectionClosed):
             await self.client.send(**message)
 
@@ -94,10 +93,14 @@ class Walk:
         self.checkers.append(peer.client.checker)
         return peer
 
-    def resumable(self) -> list[Asked]:
-        """Give what was ever asked for and got a token, as each connection saw it."""
-        asked = [a for checker in self.checkers for a in [*itertools.chain(*checker.open.values()), *checker.ended]]
-        return [a for a in asked if a.resume_token and a.generation]
+    async def take_up(self, peer: Peer, nth: int, place: int) -> None:
+        """Resume what got a token, the newest first, from any place where some frame of it ended."""
+        keys = list(self.server.resumable)
+        if keys:
+            id, token = keys[-1 - nth % len(keys)]
+            borders = list(self.server.resumable[id, token].borders)
+            seq = borders[-1 - place % len(borders)]
+            await peer.ask(type="resume", id=id, resume_token=token, after_seq=seq)
 
     async def go(self, step: tuple[Any, ...]) -> None:
         match step:
@@ -128,8 +131,7 @@ class Walk:
         elif action == "take up":
             for _ in range(100):  # what has just been asked for may have begun by then
                 await asyncio.sleep(0)
-            if known := self.resumable():
-                await peer.take_up(known[-1 - fields["nth"] % len(known)])
+            await self.take_up(peer, fields["nth"], fields["place"])
         elif action == "drown":
             peer.pause()
             await peer.ask(type="generate", **self.filled("generate", fields))
@@ -151,8 +153,8 @@ class Walk:
         # Whatever was resumable still is, and comes to the end it has or will have.
         last = Peer(await self.stack.enter_async_context(self.server.client()))
         self.stack.push_async_callback(last.leave)
-        for asked in self.resumable():
-            await last.take_up(asked)
+        for nth in range(len(self.server.resumable)):
+            await self.take_up(last, nth, 0)
             await last.settled()
         for checker in [*self.checkers, last.client.checker]:
             for asked in checker.ended:
@@ -177,8 +179,8 @@ def answer_to(message: dict[str, Any]) -> tuple[str, str]:
 
 def check_answer(asked: Asked) -> None:
     assert asked.done
-    text = asked.done.get("text", "") if asked.generation.get("stream") is False else asked.text
-    whole, natural_end = answer_to(asked.generation)
+    text = asked.done.get("text", "") if asked.message.get("stream") is False else asked.text
+    whole, natural_end = answer_to(asked.message)
     match asked.done["finish_reason"]:
         case "error":
             assert asked.done["error"]["code"] in ("load_failed", "internal")
@@ -199,6 +201,7 @@ which = st.sampled_from([ECHO, OTHER])
 prompts = st.sampled_from(["", "x", "é😀漢", "hello world " * 3, "y" * 300, "z" * 1100, WIDE * 12])
 named = st.fixed_dictionaries({"prompt": prompts, "id": ids}, optional={"stream": st.booleans(), "resumable": st.booleans()})
 resumables = st.fixed_dictionaries({"prompt": prompts, "id": ids, "resumable": st.just(True)})
+taken_up = st.fixed_dictionaries({"nth": st.integers(0, 9), "place": st.integers(0, 9)})
 logprobs = st.integers(0, 20)
 unnamed = st.fixed_dictionaries({"prompt": prompts}, optional={"logprobs": logprobs})
 limited = st.fixed_dictionaries(
@@ -214,8 +217,9 @@ moves = st.one_of(
     st.tuples(who, st.sampled_from(["generate", "drown"]), flood),
     st.tuples(who, st.just("cancel"), st.fixed_dictionaries({"id": ids})),
     st.tuples(who, st.just("generate"), resumables),
-    st.tuples(who, st.just("take up"), st.fixed_dictionaries({"nth": st.integers(0, 9)})),
-    st.tuples(who, st.sampled_from(["take up", "leave"]), st.fixed_dictionaries({"nth": st.just(0)})),
+    st.tuples(who, st.just("take up"), taken_up),
+    st.tuples(who, st.just("take up"), st.just({"nth": 0, "place": 0})),
+    st.tuples(who, st.just("leave"), st.just({})),
     st.tuples(who, st.just("cancel"), optional(id=st.sampled_from(["flood", "nobody"]))),
     st.tuples(who, st.just("init"), optional(id=ids, model=which)),
     st.tuples(who, st.just("init"), st.fixed_dictionaries({"model": which, "id": ids})),
@@ -330,8 +334,8 @@ FAIR = [
 ]
 
 
-def judge(sent: list[dict[str, Any]], received: list[dict[str, Any]]) -> Checker:
-    checker = Checker()
+def judge(sent: list[dict[str, Any]], received: list[dict[str, Any]], resumable: Resumable | None = None) -> Checker:
+    checker = Checker(resumable)
     for message in sent:
         checker.sent(message)
     for frame in received:
