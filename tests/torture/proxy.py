@@ -10,8 +10,8 @@ import struct
 from types import TracebackType
 from typing import Self
 
-CHUNK = 4096  # bytes read at once: the most that a frozen link still takes in
-BUFFER = 16_384  # bytes that the kernel holds for the proxy in each direction, so that back-pressure comes soon
+CHUNK = 2048  # bytes read at once: the most that a frozen link still takes in
+BUFFER = 4096  # bytes that the kernel holds for the proxy in each direction, so that back-pressure comes soon
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: a close that sends RST
 
 
@@ -171,5 +171,8 @@ async def _pass(seconds: float) -> None:
     """Let time pass: the one place where that is the point."""
     loop = asyncio.get_running_loop()
     passed = loop.create_future()
-    loop.call_later(seconds, passed.set_result, None)
-    await passed
+    timer = loop.call_later(seconds, passed.set_result, None)
+    try:
+        await passed
+    finally:
+        timer.cancel()
