@@ -56,6 +56,8 @@ TARGETS = {
     "server_cpu.16": _less("server's own CPU per token, 16 streams", "ms", 0.3, 0.1),
     "echo_frames": Target("echo model, tokens per CPU second: a bare websockets send loop", "tok/s", 1.0, 2.0),
     "stalled_reader": _less("p99 token gap beside a stalled reader: beside one that reads", "ms", 1.1, 1.02),
+    "idle_memory": _less("resident memory per idle connection", "KiB", 24.0),
+    "soak": _less("growth of the resident memory while 200 clients come and go, after a warm-up", "MiB", None),
     "mixed_sampling": Target("16 requests with every sampling parameter: 16 greedy ones", "tok/s", 0.85),
     "long_prompt": _less("worst gap of a stream while a long prompt is prefilled: its median gap", "ms", 5.0),
     "load_beside": _less("worst gap of a stream while another model is loaded: its median gap", "ms", None),

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bench.load import Request
 from bench.machine import step_bytes
 from bench.measure import Spread, Trace
 from bench.rows import MEASUREMENTS
+from bench.rows.memory import Soak
 from bench.table import Results, Row, Run
 from bench.targets import TARGETS, Target
 
@@ -92,6 +94,15 @@ def test_the_table_shows_figures_spreads_marks_and_what_could_not_be_measured():
     assert cells[2][2:9] == ["45 tok/s (40 to 50)", "10 tok/s", "4.5 x (4 to 5)", ">= 4", ">= 6", "must", "25%"]
     assert cells[3][2:] == ["", "", "", "<= 1.1", "", "not measured", "", "gone"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_soak_tells_the_memory_at_its_marks_and_how_much_it_grew_since_the_warm_up():
+    mib = 1 << 20
+    found = Soak(10 * mib, [(20 + i) * mib for i in range(20)] + [25 * mib], Counter(length=3, cancelled=1))
+    assert found.growth == 3.0
+    assert found.line() == (
+        "MiB: 10.0 at the start, 22.0 after the warm-up, 25.0 at the end, 39.0 at most; 1 cancelled, 3 length"
+    )
 
 
 def run(date: str, *rows: Row) -> Run:

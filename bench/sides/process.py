@@ -90,6 +90,10 @@ class Process:
         times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
         return float(sum(t.user + t.system for t in times))
 
+    def resident(self) -> int:
+        """Give the bytes of memory that it has just now, without its children."""
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
     async def stop(self) -> None:
         """End it, if need be by force."""
         if self._process.returncode is None:
