@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple
 
 # Seconds between two pings; a part of the stall timeout where that is short.
 PING_INTERVAL = 10.0
-# Seconds after which a peer that says nothing, pongs among it, is given up although something acknowledges for it: a proxy
-# whose client has gone. Long, because a pong may wait behind minutes of text that a slow reader has taken and not yet read.
+# A peer that says nothing, no pong either, is given up though something acknowledges for it: a proxy whose client has gone.
+# Soon, if it took so few bytes since that they were pings; late otherwise, in seconds, because a pong may wait behind
+# minutes of text that a slow reader has taken and not yet read.
+PINGS_ONLY = 256
 SILENT_AFTER = 300.0
 
 Verdict = Literal["stalled", "silent"]
@@ -37,6 +39,7 @@ class Liveness:
         self._last = Traffic(0, 0, 0)
         self._took_at = now
         self._spoke_at = now
+        self._taken_since = 0  # bytes, since it last spoke
 
     def verdict(self, now: float, traffic: Traffic) -> Verdict | None:
         """Say what is wrong at `now` seconds; None if nothing is.
@@ -46,10 +49,14 @@ class Liveness:
         """
         if traffic.acknowledged != self._last.acknowledged:
             self._took_at = now
+        self._taken_since += traffic.acknowledged - self._last.acknowledged
         if traffic.received != self._last.received:
-            self._spoke_at = now
+            self._spoke_at, self._taken_since = now, 0
+        self._taken_since = 0  # bytes, since it last spoke
         waited = self._last.outstanding and traffic.outstanding  # also a moment ago: an answer takes its time
         self._last = traffic
         if waited and now - self._took_at >= self._stall_timeout:
             return "stalled"
-        return "silent" if now - self._spoke_at >= SILENT_AFTER else None
+        pinged_only = not traffic.outstanding and self._taken_since <= PINGS_ONLY
+        patience = self._stall_timeout if pinged_only else SILENT_AFTER
+        return "silent" if now - self._spoke_at >= patience else None

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 WRITE_LIMIT = 2_048  # how much may lie in this process behind the outbox
 UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for its own unread answers
-LOOKS = 20  # how often a connection is looked at in the time after which it counts as stalled
+LOOKS = 30  # how often a connection is looked at in the time after which it counts as stalled
 ECHO_PATH = "/echo"  # for tests of the protocol under ours, and only where the operator has asked for it
 # Where the system does not tell what a peer takes, a pong must come within so many seconds.
 PONG_WITHIN = 20.0

@@ -19,9 +19,7 @@ from tests.asked import Asked, Resumable
 from tests.checker import Checker
 from tests.test_contract import answer_to
 from tests.torture.proxy import Link, Proxy
-from wsserver import protocol
 
-RESUMES = "resume" in protocol.CLIENT_TYPES
 PATIENCE = 60.0  # seconds without a frame after which it fails instead of hanging
 WORDS = ("a", "river", "old", "light", "žluťoučký", "🐎", "walks", "over", "under", "stone")
 MOST_OPEN = 6
@@ -260,7 +258,7 @@ def request(id: str, draw: random.Random) -> dict[str, Any]:
         message["stream"] = False
     elif draw.random() < 0.2:
         message["logprobs"] = draw.randint(0, 1)
-    if RESUMES and draw.random() < 0.7:
+    if draw.random() < 0.7:
         message["resumable"] = True
     return message
 
