@@ -38,6 +38,7 @@ class Liveness:
         self._stall_timeout = stall_timeout
         self._last = Traffic(0, 0, 0)
         self._took_at = now
+        self._caught_up_at = now  # when something was last waiting for it
         self._spoke_at = now
         self._taken_since = 0  # bytes, since it last spoke
 
@@ -52,11 +53,11 @@ class Liveness:
         self._taken_since += traffic.acknowledged - self._last.acknowledged
         if traffic.received != self._last.received:
             self._spoke_at, self._taken_since = now, 0
-        self._taken_since = 0  # bytes, since it last spoke
-        waited = self._last.outstanding and traffic.outstanding  # also a moment ago: an answer takes its time
+        waits = self._last.outstanding and traffic.outstanding  # also a moment ago: an answer takes its time
         self._last = traffic
-        if waited and now - self._took_at >= self._stall_timeout:
+        if waits and now - self._took_at >= self._stall_timeout:
             return "stalled"
-        pinged_only = not traffic.outstanding and self._taken_since <= PINGS_ONLY
-        patience = self._stall_timeout if pinged_only else SILENT_AFTER
-        return "silent" if now - self._spoke_at >= patience else None
+        if waits:
+            self._caught_up_at = now
+        patience = self._stall_timeout if self._taken_since <= PINGS_ONLY else SILENT_AFTER
+        return "silent" if now - max(self._spoke_at, self._caught_up_at) >= patience else None
