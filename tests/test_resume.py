@@ -425,6 +425,46 @@ async def test_a_replay_larger_than_the_outbox_comes_whole_as_fast_as_it_is_read
         assert other.checker.texts["g"] == WIDE * 300
 
 
+async def replaying(server: Running, model: ScriptedModel, client: Client, slow: Client) -> None:
+    """Stand in the middle of a long replay to a client that does not read."""
+    await begun(client, model, prompt=WIDE * 60, ignore_eos=True, max_tokens=600)
+    await cut(client)
+    await unheard(server)
+    await step_by_step(model, 590)
+    model.open()
+    await model.freed_of("g")
+    slow.socket.transport.pause_reading()
+    await slow.resume(client, "g")
+    await eventually(lambda: any(job.needs_transcript for job in server.server.resumables))
+
+
+async def test_a_client_that_takes_over_in_the_middle_of_anothers_replay_gets_everything() -> None:
+    async with (
+        scripted() as (server, model),
+        server.client() as client,
+        server.client() as other,
+        slow_client(server) as slow,
+    ):
+        await replaying(server, model, client, slow)
+        await other.resume(client, "g")
+        assert (await other.done("g"))["finish_reason"] == "length"
+        assert other.checker.texts["g"] == WIDE * 591
+        slow.socket.transport.resume_reading()
+        await slow.until("detached")
+        assert (await slow.settle())["connection"]["active"] == []
+
+
+async def test_a_client_that_is_lost_in_the_middle_of_its_replay_may_be_followed_by_another() -> None:
+    async with scripted() as (server, model), server.client() as client, server.client() as other:
+        async with slow_client(server) as slow:
+            await replaying(server, model, client, slow)
+            await cut(slow)
+        await unheard(server)
+        await other.resume(client, "g")
+        assert (await other.done("g"))["finish_reason"] == "length"
+        assert other.checker.texts["g"] == WIDE * 591
+
+
 async def test_a_reader_closed_as_too_slow_may_resume_and_gets_everything() -> None:
     async with scripted(max_outbox_bytes=50_000) as (server, model), server.client() as other:
         async with slow_client(server) as client:

@@ -81,6 +81,20 @@ async def test_who_takes_something_between_two_looks_is_not_given_up_and_then_is
         assert await closing_code(client) == 4413
 
 
+async def test_who_answers_no_ping_is_closed_though_its_kernel_takes_them(echo: Running) -> None:
+    async with echo.client() as client:
+        await client.settle()
+        connection, now = only(echo), time.monotonic()
+        liveness = echo.server._connections[connection]
+        connection.look(liveness, now)
+        connection.look(liveness, now + 29)
+        await client.settle()
+        await eventually(lambda: traffic(echo).outstanding == 0)
+        connection.look(liveness, now + 30)
+        connection.look(liveness, now + 60)
+        assert await closing_code(client) == 1011
+
+
 async def test_an_idle_client_is_pinged_and_left_alone() -> None:
     async with running(stall_timeout=0.3) as server, server.client() as client:
         await client.settle()
