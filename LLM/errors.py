@@ -11,10 +11,12 @@ class Refused(Exception):
     """A request that cannot be served.
 
     `message` says what was wrong and what to do, in words fit for any client; `field` names what of the request it is about.
+    `retry_after` is in how many seconds it is worth trying again, where that is known.
     """
 
-    def __init__(self, reason: Reason, message: str, field: str | None = None) -> None:
+    def __init__(self, reason: Reason, message: str, field: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.reason: Reason = reason
         self.message = message
         self.field = field
+        self.retry_after = retry_after

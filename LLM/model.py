@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
+from LLM.engine.line import Line
 from LLM.engine.request import GenerationRequest
+from LLM.engine.retry import bounded
 from LLM.engine.step import Runner
 from LLM.engine.thread import GenerationEngine
 from LLM.errors import Refused
@@ -39,16 +41,20 @@ class Description(TypedDict):
 
 
 class Waiter:
-    """One who waits for a load: told of its progress, and of his place in line if he stands in it."""
+    """One who waits for a load: told of its progress, and of his place in line if he stands in it.
+
+    The line is fair between owners.
+    """
 
     def __init__(
         self,
         on_progress: Callable[[str, float], None] | None = None,
         on_position: Callable[[int], None] | None = None,
+        owner: Hashable = None,
     ) -> None:
         self.on_progress = on_progress
         self.on_position = on_position
-        self.position = 0
+        self.owner = owner
 
 
 class Abandoned(Exception):
@@ -80,7 +86,10 @@ class Model:
         self._folder = folder
         self._loaded: LoadedModel | None = None
         self._stage, self._progress = "config", 0.0
-        self._waiters: list[Waiter] = []
+        self._began = time.monotonic()
+        # Each with what turns it away.
+        self._waiters: dict[Waiter, asyncio.Future[Refused]] = {}
+        self._line: Line[Waiter] = Line()
         self._telling = False
         self._on_failed_load = on_failed_load
         self._load = asyncio.create_task(self._load_on_engine())
@@ -110,16 +119,12 @@ class Model:
         """Wait until the model is loaded; leaving is by asyncio's cancellation, and the last one to leave ends the load.
 
         Raises:
-            Refused: why the load failed.
+            Refused: why the load failed, or that too many wait for it.
             Abandoned: the load had been given up before this one came to wait.
         """
-        self._waiters.append(waiter)
-        try:
-            self._line_moved()
-            await asyncio.shield(self._load)
-        finally:
-            self._waiters.remove(waiter)
-            self._line_moved()
+        if not self._load.done():
+            await self._stand_by(waiter)
+        self._load.result()
 
     async def request(
         self, key: Hashable, prompt: str | Sequence[ChatMessage], options: GenerationOptions
@@ -156,7 +161,7 @@ class Model:
             **({"stage": self._stage, "progress": self._progress} if state == "loading" else {}),
             **(_memory_and_notes(self._loaded.runner) if self._loaded else {"memory_bytes": 0}),
             "active": self.engine.active,
-            "queued": self.engine.queued + len(self._line()),
+            "queued": self.engine.queued + len(self._line),
             "capacity": self.engine.capacity,
             "tokens_per_s": round(self.engine.tokens_per_s, 1),
         }
@@ -215,8 +220,33 @@ class Model:
             if waiter.on_progress:
                 waiter.on_progress(stage, done)
 
-    def _line(self) -> list[Waiter]:
-        return [waiter for waiter in self._waiters if waiter.on_position]
+    async def _stand_by(self, waiter: Waiter) -> None:
+        turned_away = self._waiters[waiter] = asyncio.get_running_loop().create_future()
+        if waiter.on_position:
+            self._join_line(waiter)
+        try:
+            await asyncio.wait([self._load, turned_away], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._waiters[waiter]
+            self._leave_line(waiter)
+        if not self._load.done():
+            raise turned_away.result()
+
+    def _join_line(self, waiter: Waiter) -> None:
+        self._line.join(waiter, waiter.owner)
+        last = self._line.last
+        if last and len(self._line) > self.engine.max_queue:
+            self._leave_line(last)
+            # How long it still takes nobody knows; as long again as until now is a guess that grows with what it is about.
+            seconds = bounded(time.monotonic() - self._began)
+            most = f"{self.engine.max_queue} requests may wait for this model while it is loaded, and they do"
+            message = f"{most}; try again in {seconds:.1f} s"
+            self._waiters[last].set_result(Refused("overloaded", message, retry_after=seconds))
+        self._line_moved()
+
+    def _leave_line(self, waiter: Waiter) -> None:
+        if self._line.leave(waiter):
+            self._line_moved()
 
     def _line_moved(self) -> None:
         # Once a turn of the loop: many who leave together must not each have everybody behind them told.
@@ -228,9 +258,8 @@ class Model:
         self._telling = False
         if self._load.done():
             return  # nobody waits any more, they only have not been woken yet
-        for position, waiter in enumerate(self._line(), 1):
-            if waiter.on_position and waiter.position != position:
-                waiter.position = position
+        for waiter, position in self._line.moved():
+            if waiter.on_position:
                 waiter.on_position(position)
 
 

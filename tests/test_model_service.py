@@ -5,9 +5,11 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from LLM import model as model_module
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
@@ -98,6 +100,48 @@ async def test_progress_is_told_to_all_who_wait_and_positions_to_those_in_line(
     await asyncio.gather(tasks[0], tasks[2])
     assert stages == ["config", "weights", "warmup"]
     assert len(positions) == 3
+
+
+class Place(Waiter):
+    """One in line who keeps what he was told."""
+
+    def __init__(self, owner: str = "") -> None:
+        super().__init__(on_position=lambda position: self.told.append(position), owner=owner)
+        self.told: list[int] = []
+
+
+async def test_the_line_for_a_load_is_fair_between_owners(service: ModelService, model: ScriptedModel) -> None:
+    model.load_gate.shut()
+    heavy, light = [Place("heavy") for _ in range(3)], Place("light")
+    tasks = [ask(service, place) for place in heavy]
+    await eventually(lambda: [place.told for place in heavy] == [[1], [2], [3]])
+    tasks.append(ask(service, light))
+    await eventually(lambda: [place.told for place in [*heavy, light]] == [[1], [2, 3], [3, 4], [2]])
+    model.open()
+    await asyncio.gather(*tasks)
+
+
+async def test_no_more_wait_for_a_load_than_may_and_who_has_most_in_line_loses_the_last(
+    service: ModelService, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(model_module, "time", clock)
+    service._settings = EngineSettings(2, max_queue=3)
+    model.load_gate.shut()
+    places = [Place("heavy") for _ in range(3)]
+    tasks = [ask(service, place) for place in places]
+    loading = ask(service, Waiter(on_progress=lambda stage, progress: None))
+    await eventually(lambda: places[2].told == [3])
+    clock.now += 7.0
+    with pytest.raises(Refused, match=r"^3 requests may wait .* try again in 7\.0 s") as refused:
+        await ask(service, Place("heavy"))
+    assert (refused.value.reason, refused.value.retry_after) == ("overloaded", 7.0)
+    light = ask(service, Place("light"))
+    with pytest.raises(Refused, match="requests may wait"):
+        await tasks.pop(2)
+    assert service.status()[0]["queued"] == 3
+    model.open()
+    await asyncio.gather(*tasks, light, loading)
 
 
 async def test_a_load_that_lost_its_last_waiter_ends_at_its_next_report_and_is_forgotten(

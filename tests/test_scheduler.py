@@ -104,14 +104,20 @@ class Engine:
         self.ended: dict[Hashable, list[int]] = {}
         self.computed = 0
 
-    def ask(self, key: Hashable, prompt: Ids[int], max_tokens: int = 50, deadline: float | None = None) -> bool:
-        return self.add(GenerationRequest(key, tuple(prompt), max_tokens, deadline=deadline))
+    def ask(
+        self, key: Hashable, prompt: Ids[int], max_tokens: int = 50, deadline: float | None = None, owner: Hashable = None
+    ) -> Hashable:
+        return self.add(GenerationRequest(key, tuple(prompt), max_tokens, deadline=deadline, owner=owner))
 
-    def add(self, request: GenerationRequest) -> bool:
+    def add(self, request: GenerationRequest) -> Hashable:
+        """Take a request in; give the key of the one that is refused for it, None if nobody is."""
         assert self.scheduler.can_ever_run(request)
-        if sequence := self.scheduler.add(request):
-            self.sequences[request.key] = sequence
-        return sequence is not None
+        self.sequences[request.key] = self.scheduler.add(request)
+        if (surplus := self.scheduler.surplus()) is None:
+            return None
+        assert self.scheduler.remove(surplus.request.key) is self.sequences.pop(surplus.request.key) is surplus
+        assert not surplus.began
+        return surplus.request.key
 
     def run(self, batch: list[Slice]) -> None:
         tokens = self.table.step(batch)
@@ -153,7 +159,7 @@ class Engine:
 
     @property
     def where(self) -> tuple[list[Hashable], list[Hashable]]:
-        return list(self.scheduler.running), list(self.scheduler.waiting)
+        return list(self.scheduler.running), [sequence.request.key for sequence in self.scheduler.waiting]
 
 
 def test_with_nothing_to_do_there_is_no_batch() -> None:
@@ -236,10 +242,57 @@ def test_no_more_than_the_capacity_run_and_the_next_begins_when_one_goes() -> No
 
 def test_a_full_line_takes_no_one_until_someone_leaves_it() -> None:
     engine = Engine(capacity=1, line=2)
-    assert [engine.ask(key, range(1)) for key in "abc"] == [True, True, False]
+    assert [engine.ask(key, range(1)) for key in "abcd"] == [None, None, None, "d"], "for one of them there is a place"
     engine.step()
-    assert [engine.ask(key, range(1)) for key in "de"] == [True, False]
-    assert engine.where == (["a"], ["b", "d"])
+    assert engine.ask("e", range(1)) == "e"
+    engine.end("b")
+    assert [engine.ask(key, range(1)) for key in "fg"] == [None, "g"]
+    assert engine.where == (["a"], ["c", "f"])
+
+
+def test_without_a_line_only_those_are_taken_for_whom_there_is_a_place() -> None:
+    engine = Engine(capacity=2, line=0)
+    assert [engine.ask(key, range(1)) for key in "abc"] == [None, None, "c"]
+    engine.step()
+    assert engine.ask("d", range(1)) == "d"
+    engine.end("a")
+    assert engine.ask("e", range(1)) is None
+
+
+def test_who_has_few_in_line_takes_the_place_of_the_last_one_of_who_has_many() -> None:
+    engine = Engine(capacity=1, line=3)
+    assert [engine.ask(key, range(1), owner="many") for key in "abcd"] == [None] * 4
+    engine.step()
+    assert engine.ask("x", range(1), owner="few") == "d"
+    assert engine.where == (["a"], ["b", "x", "c"])
+    assert engine.ask("y", range(1), owner="few") == "y"
+    assert engine.ask("z", range(1), owner="another") == "c"
+    assert engine.where == (["a"], ["b", "x", "z"])
+
+
+def test_one_that_had_begun_and_was_preempted_is_not_refused_for_want_of_a_place_in_line() -> None:
+    engine = Engine(capacity=3, line=1)
+    for key in "abcd":
+        engine.ask(key, range(3), max_tokens=9)
+    engine.steps(2)
+    assert engine.scheduler.run_one_less()
+    assert engine.where == (["a", "b"], ["c", "d"])
+    assert engine.ask("e", range(3), owner="another") == "e"
+    engine.end("d")
+    assert engine.ask("f", range(3), owner="another") == "f"
+    engine.end("a")
+    assert engine.ask("g", range(3), owner="another") is None
+    assert engine.where == (["b"], ["c", "g"])
+
+
+def test_positions_get_worse_for_those_behind_whom_a_lighter_owner_comes() -> None:
+    engine = Engine(capacity=1)
+    for key in "abc":
+        engine.ask(key, range(1), owner="many")
+    engine.step()
+    assert engine.scheduler.moved() == [("b", 1), ("c", 2)]
+    engine.ask("x", range(1), owner="few")
+    assert engine.scheduler.moved() == [("x", 2), ("c", 3)]
 
 
 def test_positions_are_told_when_they_change_and_only_then() -> None:
@@ -285,7 +338,7 @@ def test_when_every_request_is_cancelled_in_one_step_all_blocks_are_free_before_
     for key in range(9):
         engine.ask(key, range(key + 1), max_tokens=5)
     engine.steps(before)
-    for key in [*engine.scheduler.running, *engine.scheduler.waiting]:
+    for key in engine.scheduler.keys:
         engine.end(key)
     assert (engine.pool.free, engine.scheduler.idle, engine.scheduler.next_batch()) == (8, True, [])
     assert engine.ended.keys() == set(range(9))
@@ -294,7 +347,7 @@ def test_when_every_request_is_cancelled_in_one_step_all_blocks_are_free_before_
 def test_two_hundred_requests_are_served_in_four_places_in_the_order_in_which_they_came() -> None:
     engine, begun = Engine(capacity=4, blocks=24), []
     for key in range(200):
-        assert engine.ask(key, [key % 7, key % 5, key % 3], max_tokens=1 + key % 10)
+        assert engine.ask(key, [key % 7, key % 5, key % 3], max_tokens=1 + key % 10) is None
     for _ in range(200 * 12):
         begun += [key for key, start, _ in engine.step() if start == 0]
         assert len(engine.scheduler.running) <= 4
@@ -478,6 +531,42 @@ def test_with_less_memory_the_youngest_goes_back_in_line_and_so_many_run_from_no
     assert engine.ended == dict.fromkeys("abcd", ideal(range(3), 9))
 
 
+@settings(deadline=None)
+@given(
+    capacity=st.integers(1, 4),
+    line=st.integers(8, 16),
+    size=st.integers(1, 4),
+    lengths=st.lists(st.integers(1, 9)),
+    data=st.data(),
+)
+def test_owners_who_always_have_one_waiting_are_admitted_as_often_as_any_other_and_no_more_wait_than_may(
+    capacity: int, line: int, size: int, lengths: list[int], data: st.DataObject
+) -> None:
+    engine, owners, begun = Engine(capacity, 40 // size, size, line=line), "abcd", []
+    number = 0
+
+    def come(owner: str, length: int = 2) -> None:
+        nonlocal number
+        number += 1
+        engine.ask((owner, number), range(length), max_tokens=length, owner=owner)
+        assert len(engine.scheduler.waiting) <= line + capacity - len(engine.scheduler.running)
+
+    for length in lengths:
+        for owner in owners:
+            # One that may be admitted in this step, and one that still waits then.
+            for _ in range(2 - sum(key[0] == owner for key in engine.where[1])):  # type: ignore[index]
+                come(owner)
+        for owner in data.draw(st.lists(st.sampled_from(owners), max_size=8)):
+            come(owner, length)
+        batch = engine.scheduler.next_batch()
+        begun += [part.sequence.request.owner for part in batch if part.begins]
+        engine.run(batch)
+    first = data.draw(st.integers(0, len(begun)))
+    span = begun[first : data.draw(st.integers(first, len(begun)))]
+    counts = [span.count(owner) for owner in owners]
+    assert max(counts) - min(counts) <= 1
+
+
 def wishes(prompt: int, max_tokens: int) -> st.SearchStrategy[tuple[list[int], int]]:
     ids = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=prompt)
     return st.tuples(ids, st.integers(1, max_tokens))
@@ -491,7 +580,7 @@ def asked(wishes: list[tuple[list[int], int]], spare: int, size: int, **shape: o
     most = max(len(prompt) + max_tokens - 1 for prompt, max_tokens in wishes)
     engine = Engine(blocks=-(-most // size) + spare, size=size, **shape)  # type: ignore[arg-type]
     for key, (prompt, max_tokens) in enumerate(wishes):
-        assert engine.ask(key, prompt, max_tokens)
+        assert engine.ask(key, prompt, max_tokens) is None
     return engine
 
 
@@ -560,9 +649,9 @@ class Service(RuleBasedStateMachine):
         fits = len(request.prompt_ids) + request.max_tokens - 1 <= self.pool.count * self.pool.block_size
         assert self.scheduler.can_ever_run(request) == fits
         if fits:
-            room = len(self.scheduler.waiting) < self.line
-            assert self.engine.add(request) == room
-            if room:
+            full = len(self.open) >= self.line + self.capacity
+            assert self.engine.add(request) == (request.key if full else None)
+            if not full:
                 self.open[request.key] = self.engine[request.key]
 
     @rule(data=st.data(), all=st.integers(0, 5).map(lambda n: not n))
@@ -585,7 +674,7 @@ class Service(RuleBasedStateMachine):
             self.engine.end(key)
 
     def move(self) -> None:
-        places = {key: place for place, key in enumerate(self.scheduler.waiting, 1) if key not in self.begun}
+        places = {key: place for place, key in enumerate(self.engine.where[1], 1) if key not in self.begun}
         moved = self.scheduler.moved()
         assert moved == [(key, place) for key, place in places.items() if self.told.get(key) != place]
         self.told.update(moved)
@@ -671,7 +760,7 @@ class Service(RuleBasedStateMachine):
         if left:
             assert len(batch) == len(self.scheduler.running)
         if left and self.scheduler.waiting and len(self.scheduler.running) < self.capacity:
-            assert not self.fits(next(iter(self.scheduler.waiting.values())))
+            assert not self.fits(next(iter(self.scheduler.waiting)))
 
     def parted(self, batch: list[Slice]) -> tuple[list[Slice], list[Slice]]:
         """Part the streams, of which pacing was told, from what was computed on its budget."""
@@ -705,7 +794,7 @@ class Service(RuleBasedStateMachine):
         used = {block for sequence in self.scheduler.running.values() for block in sequence.blocks}
         assert len(used) + self.pool.free == self.pool.count
         assert all(len(set(s.blocks)) == len(s.blocks) for s in self.scheduler.running.values())
-        assert not any(sequence.blocks for sequence in self.scheduler.waiting.values())
+        assert not any(sequence.blocks for sequence in self.scheduler.waiting)
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

@@ -22,7 +22,7 @@ def test_a_new_sequence_holds_its_prompt_and_nothing_else() -> None:
     new = sequence(3)
     assert new.token_ids == [0, 1, 2]
     assert (new.completion_ids, new.completion_tokens, new.computed) == ([], 0, 0)
-    assert (new.blocks, new.began, new.cached_tokens, new.position_told) == ([], False, 0, 0)
+    assert (new.blocks, new.began, new.cached_tokens) == ([], False, 0)
 
 
 def test_what_is_sampled_joins_the_completion_and_leaves_the_request_alone() -> None:

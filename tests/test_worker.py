@@ -82,7 +82,7 @@ def name(part: Slice) -> str:
 class Served:
     """Serves requests until all have ended, and keeps what each was told."""
 
-    def __init__(self, model: Model, *requests: GenerationRequest, capacity: int = 4) -> None:
+    def __init__(self, model: Model, *requests: GenerationRequest, capacity: int = 4, max_queue: int = 256) -> None:
         self.parts: dict[str, list[Part]] = {}
         self._heard: dict[GenerationStream, list[Part]] = {}  # the same lists: an id may be opened again
         self.steps_at: dict[str, int] = {}  # how many steps had been tried when each ended
@@ -91,7 +91,8 @@ class Served:
         self._unfinished = 0
         self._inbox: Inbox = queue.SimpleQueue()
         self.open(*requests)
-        self.worker = Worker(model, TOKENIZER, EngineSettings(capacity), self._inbox, self._post)
+        settings = EngineSettings(capacity, max_queue=max_queue)
+        self.worker = Worker(model, TOKENIZER, settings, self._inbox, self._post)
 
     def open(self, *requests: GenerationRequest) -> None:
         for one in requests:
@@ -297,6 +298,70 @@ def test_a_deadline_that_is_past_when_a_request_comes_computes_nothing(model: Mo
     served = Served(model, request("late", deadline=model.clock), request("b", deadline=model.clock + 1e6)).run()
     assert served.ends == {"late": ("timeout", None), "b": DONE}
     assert model.steps_of("late") == []
+
+
+def test_one_that_was_preempted_ends_at_its_deadline_in_line(monkeypatch: pytest.MonkeyPatch):
+    model = on_its_clock(Model(block_count=4), monkeypatch)
+    late = request("late", "y" * 20, max_tokens=30, deadline=model.clock + 35)
+    served = Served(model, request("a", "x" * 30, max_tokens=35), late, capacity=2).run()
+    assert served.ends == {"a": DONE, "late": ("timeout", None)}
+    assert served.texts["a"] == "x" * 30
+    ran = len(model.steps_of("late"))
+    assert 0 < ran == len(served.texts["late"]) < 20, "it had begun"
+    assert model.steps_of("a")[-1][1] > model.steps_of("a")[ran][1], "and then it waited"
+    assert served.steps_at["late"] < model.tried
+
+
+def test_the_inbox_is_not_waited_for_while_anybody_is_in_line(monkeypatch: pytest.MonkeyPatch):
+    """So none is waited for past a deadline: with somebody in line there is a step to make, or one in flight."""
+    for runner in (Model, AheadModel):
+        model = on_its_clock(runner(block_count=4, max_prefill=24), monkeypatch)
+        served = Served(model, *requests(words(9, length=30), max_tokens=30, deadline=model.clock + 100), capacity=5)
+        take = served._inbox.get
+
+        def get(served: Served = served, take: Callable[[], Any] = take) -> Any:
+            assert not served._inbox.empty() or served.worker._scheduler.idle
+            return take()
+
+        inbox = SimpleNamespace(get=get, put=served._inbox.put, empty=served._inbox.empty)
+        served.worker._inbox = inbox  # type: ignore[assignment]
+        served.run()
+        assert {reason for reason, _ in served.ends.values()} >= {"timeout"}
+
+
+# Too many.
+
+
+def test_one_too_many_is_refused_and_who_has_most_in_line_loses_the_last(model: Model):
+    heavy = [request(id, owner="heavy") for id in "abcde"]
+    served = Served(model, *heavy, capacity=1, max_queue=3)
+    model.during = {1: lambda: served.open(request("light", owner="light"))}
+    served.run()
+    assert served.ends == dict.fromkeys(["a", "b", "c", "light"], DONE) | dict.fromkeys("de", ("error", "overloaded"))
+    assert served.parts["d"][0] == Queued(3), "it had been in line"
+    assert len(served.parts["e"]) == 1
+    firsts = [part for batch in model.steps for part, start, _ in batch if start == 0]
+    assert firsts == ["a", "b", "light", "c"]
+    assert [part.position for part in served.parts["c"] if isinstance(part, Queued)] == [2, 3, 2, 1]
+
+
+def test_who_is_refused_is_told_when_to_come_again_by_how_long_requests_took(model: Model):
+    served = Served(model, request("a", "x" * 20), capacity=1, max_queue=1)
+    # A step of a second for each token and the end, and two for the prompt.
+    model.during = {
+        5: lambda: served.open(request("b"), request("early")),
+        22: lambda: served.open(request("c"), request("late")),
+    }
+    served.run()
+    early, late = end(served.parts["early"]), end(served.parts["late"])
+    assert (early.error, early.retry_after) == (
+        ("overloaded", "1 requests may wait for this model, and they do; try again in 1.0 s"),
+        1,
+    )
+    assert late.retry_after == 2 * (21 + 2)
+    assert late.error
+    assert "in 46.0 s" in late.error[1]
+    assert all(end(served.parts[id]).retry_after is None for id in "abc")
 
 
 # Blocks.
@@ -608,7 +673,7 @@ def test_one_that_was_preempted_beside_a_step_that_fails_goes_on_later(
             nonlocal preempted_in_flight
             if number != step:
                 return None
-            preempted_in_flight += any(s.token_ids[-1] == IN_FLIGHT for s in line.waiting.values())
+            preempted_in_flight += any(s.token_ids[-1] == IN_FLIGHT for s in line.waiting)
             return RuntimeError("a kernel failed")
 
         ahead.fails_reading = failing

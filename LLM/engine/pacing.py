@@ -17,8 +17,8 @@ class Pacing:
     def __init__(self, largest: int, stretch: float = 3.0) -> None:
         self.largest = largest
         self.stretch = stretch
-        self._decode_step = _FadingMean()
-        self._prompt_token = _FadingMean()
+        self._decode_step = FadingMean()
+        self._prompt_token = FadingMean()
         self._mixed_steps = 0
 
     def prefill_budget(self, decoding: int) -> int:
@@ -52,7 +52,7 @@ class Pacing:
         return True
 
 
-class _FadingMean:
+class FadingMean:
     """Cost per unit, the newest measurements counting most; None before the first."""
 
     def __init__(self) -> None:
@@ -61,8 +61,10 @@ class _FadingMean:
 
     @property
     def value(self) -> float | None:
+        """The mean cost of a unit."""
         return self._cost / self.units if self.units else None
 
     def add(self, cost: float, units: int) -> None:
+        """Take in a measurement."""
         self._cost = self._cost * FADING + cost
         self.units = self.units * FADING + units

@@ -34,7 +34,7 @@ class GenerationRequest:
     `key` names the request to the engine and must be unique among those open. `end_token_ids` end the text and are
     never shown; they, and they alone, are held off until `min_tokens` tokens exist. `logprobs` is how many alternatives to
     tell with each token's log probability, None for no log probabilities at all. At `deadline`, in seconds of the
-    monotonic clock, the request ends wherever it is.
+    monotonic clock, the request ends wherever it is. `owner` is whose request it is: the line is fair between owners.
     """
 
     key: Hashable
@@ -126,7 +126,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end: nothing of this request runs or holds memory any more. `error` is set when `reason` is "error"."""
+    """The end: nothing of this request runs or holds memory any more. `error` is set when `reason` is "error".
+
+    `retry_after` is in how many seconds it is worth trying again, set where too many wait.
+    """
 
     reason: FinishReason
     prompt_tokens: int
@@ -134,6 +137,7 @@ class Finished:
     completion_tokens: int = 0
     cached_tokens: int = 0
     error: tuple[Reason, str] | None = None
+    retry_after: float | None = None
 
 
 Part = Queued | Started | Prefill | Delta | Finished

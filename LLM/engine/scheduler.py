@@ -1,61 +1,74 @@
 """Which tokens go forward next: waiting and running requests, packed and chunked prefill, preemption, cancel anywhere.
 
 Pure: no threads, no tensors, no clock. A sequence is waiting (it has no blocks), running, or gone. Every step takes one
-token of each sequence that decodes, and fills what is left of its token budget with prompts, first come, first served.
+token of each sequence that decodes, and fills what is left of its token budget with prompts, as the line has them.
 """
 
 from collections.abc import Hashable, Iterator
 
 from LLM.engine.kv_cache import BlockPool
+from LLM.engine.line import Line
 from LLM.engine.pacing import Pacing
 from LLM.engine.request import GenerationRequest
 from LLM.engine.sequence import Sequence, Slice
 
 
 class Scheduler:
-    """First come, first served over `capacity` running sequences and the blocks of `pool`."""
+    """A fair line before `capacity` running sequences and the blocks of `pool`."""
 
-    def __init__(self, capacity: int, pool: BlockPool, pacing: Pacing, max_waiting: int = 256, reuse: bool = True) -> None:
+    def __init__(self, capacity: int, pool: BlockPool, pacing: Pacing, max_queue: int = 256, reuse: bool = True) -> None:
         self.capacity = capacity
         self.pool = pool
         self.pacing = pacing
-        self.max_waiting = max_waiting
-        self.waiting: dict[Hashable, Sequence] = {}
+        self.max_queue = max_queue
+        self.waiting: Line[Sequence] = Line()
         self.running: dict[Hashable, Sequence] = {}
+        self._open: dict[Hashable, Sequence] = {}
         self._reuse = reuse
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.waiting and not self.running
+        return not self._open
+
+    @property
+    def keys(self) -> list[Hashable]:
+        """The keys of all that wait or run."""
+        return list(self._open)
 
     def can_ever_run(self, request: GenerationRequest) -> bool:
         """Whether the whole cache is large enough for this request alone."""
         return self.pool.blocks_for(request.most_tokens) <= self.pool.count
 
-    def add(self, request: GenerationRequest) -> Sequence | None:
-        """Take in, at the end of the line, a request that can ever run; None if the line is full."""
-        if len(self.waiting) >= self.max_waiting:
-            return None
-        sequence = self.waiting[request.key] = Sequence(request)
+    def add(self, request: GenerationRequest) -> Sequence:
+        """Take a request that can ever run into the line."""
+        sequence = self._open[request.key] = Sequence(request)
+        self.waiting.join(sequence, request.owner)
         return sequence
+
+    def surplus(self) -> Sequence | None:
+        """Give the one to be refused, if more are here than may run and wait: of those in line who would be served last.
+
+        Never one that had begun and was preempted.
+        """
+        return self.waiting.last if len(self._open) > self.capacity + self.max_queue else None
 
     def remove(self, key: Hashable) -> Sequence | None:
         """Let go of a request, waiting or running, and of its blocks; None if it is gone already."""
-        sequence = self.waiting.pop(key, None) or self.running.pop(key, None)
+        sequence = self._open.pop(key, None)
         if sequence is not None:
+            if not self.running.pop(key, None):
+                self.waiting.leave(sequence)
             self._release(sequence)
         return sequence
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether it is still waiting or running; its key may be another's by now."""
-        key = sequence.request.key
-        return self.running.get(key) is sequence or self.waiting.get(key) is sequence
+        return self._open.get(sequence.request.key) is sequence
 
     def expired(self, now: float) -> list[Hashable]:
         """Give the keys of those whose deadline has come, waiting or running."""
-        everybody = [*self.waiting.items(), *self.running.items()]
-        return [key for key, s in everybody if s.request.deadline is not None and s.request.deadline <= now]
+        return [key for key, s in self._open.items() if s.request.deadline is not None and s.request.deadline <= now]
 
     def next_batch(self) -> list[Slice]:
         """Give the slices of the next step, those that decode first; empty if idle.
@@ -97,12 +110,7 @@ class Scheduler:
 
     def moved(self) -> list[tuple[Hashable, int]]:
         """Give (key, position) of every waiting request whose position changed since it was last told; 1 is next."""
-        moved = []
-        for position, (key, sequence) in enumerate(self.waiting.items(), 1):
-            if sequence.position_told != position and not sequence.began:
-                sequence.position_told = position
-                moved.append((key, position))
-        return moved
+        return [(sequence.request.key, place) for sequence, place in self.waiting.moved() if not sequence.began]
 
     def run_one_less(self) -> bool:
         """Put the youngest running sequence back in line and run that many from now on; False if only one runs."""
@@ -118,10 +126,10 @@ class Scheduler:
             return
         yield from [s for s in self.running.values() if not s.decoding]
         while self.waiting and len(self.running) < self.capacity:
-            key, sequence = next(iter(self.waiting.items()))
+            sequence = next(iter(self.waiting))
             if _at_its_end(sequence) or not self._admit(sequence):
                 return
-            self.running[key] = self.waiting.pop(key)
+            self.running[sequence.request.key] = self.waiting.serve()
             yield sequence
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -157,10 +165,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         # By recomputation: it goes back to the head of the line, and finds again what nobody needed meanwhile.
-        key = sequence.request.key
-        del self.running[key]
+        del self.running[sequence.request.key]
         self._release(sequence)
-        self.waiting = {key: sequence, **self.waiting}
+        self.waiting.put_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

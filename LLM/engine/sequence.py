@@ -57,7 +57,6 @@ class Sequence:
     # Whether its prefill ever began: one that was preempted begins again, but is announced once.
     began: bool = False
     cached_tokens: int = 0
-    position_told: int = 0
     _counts: TokenCounts = field(default_factory=TokenCounts)
     _hashes: list[Hash] = field(default_factory=list)
 

@@ -105,6 +105,7 @@ class GenerationEngine:
 
     def __init__(self, settings: EngineSettings, turns: Turns | None = None) -> None:
         self.capacity = settings.capacity
+        self.max_queue = settings.max_queue
         self._turns = turns
         self._settings = settings
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")

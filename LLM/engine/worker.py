@@ -16,8 +16,9 @@ from LLM.engine.answer import Answer
 from LLM.engine.kv_cache import BlockPool
 from LLM.engine.pacing import Pacing
 from LLM.engine.request import Finished, FinishReason, GenerationRequest, Part, Queued, Sampled, Timings
+from LLM.engine.retry import RetryAfter
 from LLM.engine.scheduler import Scheduler
-from LLM.engine.sequence import IN_FLIGHT, Slice
+from LLM.engine.sequence import IN_FLIGHT, Sequence, Slice
 from LLM.engine.step import Flight, Runner, RunsAhead
 from LLM.engine.stream import GenerationStream
 from LLM.errors import Reason
@@ -30,10 +31,14 @@ FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; tr
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """How an operator wants a model to run: so many sequences at once, and so much longer a step that prefills too."""
+    """How an operator wants a model to run: so many sequences at once, and so much longer a step that prefills too.
+
+    No more than `max_queue` requests wait for their turn.
+    """
 
     capacity: int = 8
     prefill_stretch: float = 3.0
+    max_queue: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,8 @@ class Worker:
         self._pacing = Pacing(runner.max_prefill, settings.prefill_stretch)
         pool = BlockPool(runner.block_count, runner.block_size)
         self._capacity = settings.capacity
-        self._scheduler = Scheduler(settings.capacity, pool, self._pacing, reuse=runner.reuses_blocks)
+        self._scheduler = Scheduler(settings.capacity, pool, self._pacing, settings.max_queue, runner.reuses_blocks)
+        self._retry = RetryAfter()
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
         self._post = post
@@ -95,7 +101,7 @@ class Worker:
                 if self._read_inbox(wait=False):
                     break
                 self._next_step()
-        for key in [*self._scheduler.waiting, *self._scheduler.running]:
+        for key in self._scheduler.keys:
             self._finish(key, "shutdown")
         self._hand_over()
 
@@ -242,27 +248,39 @@ class Worker:
     def _add(self, stream: GenerationStream) -> None:
         request = stream.request
         if not self._scheduler.can_ever_run(request):
-            self._refuse(stream, "context_length_exceeded", self._too_long(request))
-        elif sequence := self._scheduler.add(request):
-            self._answers[request.key] = Answer(stream, sequence, self._tokenizer)
-        else:
-            self._refuse(stream, "overloaded", f"{self._scheduler.max_waiting} requests wait already; try later")
+            end = Finished("error", len(request.prompt_ids), Timings(0.0), error=self._too_long(request))
+            self._parts.append((stream, end))
+            return
+        self._answers[request.key] = Answer(stream, self._scheduler.add(request), self._tokenizer)
+        if surplus := self._scheduler.surplus():
+            self._turn_away(surplus)
 
-    def _refuse(self, stream: GenerationStream, reason: Reason, message: str) -> None:
-        end = Finished("error", len(stream.request.prompt_ids), Timings(0.0), error=(reason, message))
-        self._parts.append((stream, end))
+    def _turn_away(self, sequence: Sequence) -> None:
+        seconds = self._retry.guess(len(self._scheduler.waiting), self._scheduler.capacity)
+        message = f"{self._scheduler.max_queue} requests may wait for this model, and they do; try again in {seconds:.1f} s"
+        self._finish(sequence.request.key, "error", ("overloaded", message), seconds)
 
-    def _too_long(self, request: GenerationRequest) -> str:
+    def _too_long(self, request: GenerationRequest) -> tuple[Reason, str]:
         room = self._runner.block_count * self._runner.block_size
         tokens = len(request.prompt_ids)
         asked = f"the prompt's {tokens} tokens and the {request.max_tokens} asked for do not fit"
-        return f"{asked} into this model's cache of {room} tokens; shorten the prompt or lower max_tokens"
+        advice = "shorten the prompt or lower max_tokens"
+        return "context_length_exceeded", f"{asked} into this model's cache of {room} tokens; {advice}"
 
-    def _finish(self, key: Hashable, reason: FinishReason, error: tuple[Reason, str] | None = None) -> None:
+    def _finish(
+        self,
+        key: Hashable,
+        reason: FinishReason,
+        error: tuple[Reason, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         if self._scheduler.remove(key) is None:
             return  # it ended by itself while the cancel was on its way, or was never open
         answer = self._answers.pop(key)
-        self._parts.append((answer.stream, replace(answer.finished(reason), error=error)))
+        end = replace(answer.finished(reason), error=error, retry_after=retry_after)
+        self._parts.append((answer.stream, end))
+        if end.timings.started is not None:
+            self._retry.ran(end.timings.total - end.timings.started)
         try:
             self._runner.free(key)
         except Exception:
