@@ -273,7 +273,7 @@ def test_a_sequence_that_begins_again_after_being_preempted_begins_afresh():
     runner = plain(make(*LLAMA))
     whole = run(runner, [request("long"), request("short")])
     scheduler = scheduler_of(runner, request("long"), request("short"), chunk=80)
-    sequences = dict(scheduler.waiting)
+    sequences = {sequence.request.key: sequence for sequence in scheduler.waiting}
     preempted = False
     while batch := scheduler.next_batch():
         for part, result in zip(batch, runner.step(batch), strict=True):
