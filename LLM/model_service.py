@@ -13,14 +13,25 @@ from functools import partial
 from pathlib import Path
 
 from LLM._base_model_handler import LoadOptions, Plan
-from LLM.engine.thread import GenerationEngine, Turns
+from LLM.departures import Departures
+from LLM.engine.clock import MONOTONIC, Clock
+from LLM.engine.thread import PATIENCE, GenerationEngine
+from LLM.engine.turns import Turns
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.listing import MODELS_ROOT, list_models
-from LLM.model import FAILED, Abandoned, Model, ModelSpec, Waiter
+from LLM.model import FAILED, Abandoned, Model, ModelSpec, State, Waiter
+from LLM.restarts import Restarts
 from LLM.room import leaving
 
 log = logging.getLogger(__name__)
+
+PROBLEMS: dict[State, str | None] = {
+    "ready": None,
+    "loading": "is loading",
+    "failed": "failed; the next request loads it anew",
+    "restarting": "is restarting",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +55,11 @@ class ModelService:
         settings: EngineSettings,
         root: Path = MODELS_ROOT,
         keeping: Keeping = Keeping(),
+        clock: Clock = MONOTONIC,
     ) -> None:
         self.listing = list_models(root)
+        # Whether `close` had to leave a thread behind, for which the interpreter would wait at its exit.
+        self.stuck = False
         self._options = options
         self._settings = settings
         self._keeping = keeping
@@ -53,10 +67,14 @@ class ModelService:
         # What those who ask mean by their words, "auto" for one; known as long as the model is there. All who ask for the
         # same wait for the same, and so keep their order.
         self._plans: dict[ModelSpec, asyncio.Task[Plan]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving = Departures()
+        self._restarts: dict[ModelSpec, Restarts] = {}
+        self._restarting: set[asyncio.Task[None]] = set()
+        self._clock = clock
         self._turns = Turns()
         self._default = default
-        self.resolve()
+        self._default_spec = self._default_asked = self.resolve()
+        self._default_missing: str | None = "is not loaded yet"
 
     def resolve(
         self,
@@ -113,21 +131,33 @@ class ModelService:
         """Give the status entries of all models that are loaded or being loaded, or whose engine died."""
         return [model.status() for model in self._models.values()]
 
+    @property
+    def problem(self) -> str | None:
+        """What keeps this server from serving its default model, in a line; None if it can, if need be after loading it."""
+        model = self._models.get(self._default_spec)
+        problem = PROBLEMS[model.state] if model else self._default_missing
+        return problem and f"{self._default_spec.model} {problem}"
+
     async def close(self) -> None:
-        """End every load and every engine."""
+        """End every load and every engine; a thread that does not end in time is left behind."""
+        for task in self._restarting:
+            task.cancel()
+        if self._restarting:
+            await asyncio.wait(self._restarting)
+        models = [*self._models.values(), *self._leaving.stuck]
         for model in list(self._models.values()):
             self._unload(model)
-        if self._leaving:
-            await asyncio.wait(self._leaving)
+        await self._leaving.over(PATIENCE)
+        self.stuck = bool(self._leaving) or any(model.engine.has_thread for model in models)
 
     async def _find(self, spec: ModelSpec) -> Model:
         """Give the model that is loaded or being loaded; begin to load it if it is neither."""
-        if spec not in self._plans:
-            self._plans[spec] = asyncio.create_task(self._plan(spec))
-            self._plans[spec].add_done_callback(partial(self._planned, spec))
-        plan = await asyncio.shield(self._plans[spec])
+        plan = await self._planned(spec)
+        settled = ModelSpec(spec.model, plan.options)
+        if spec == self._default_asked:
+            self._default_spec = settled
         try:
-            return self._model(ModelSpec(spec.model, plan.options), plan)
+            return self._model(settled, plan)
         except Refused:
             self._plans.pop(spec, None)
             raise
@@ -136,17 +166,83 @@ class ModelService:
         model = self._models.get(spec)
         if model and not model.failed:
             return model
-        if model:
-            self._unload(model)
-        for idle in leaving(plan, self._models.values(), self._keeping.memory):
+        # Where a thread hangs the memory is not free, also if the model that takes its place is the same.
+        stuck = self._leaving.stuck
+        others = [other for other in self._models.values() if other is not model and other not in stuck]
+        for idle in leaving(plan, [*others, *stuck], self._keeping.memory):
             log.info("unloading %s, to make room for %s", idle.name, spec.model)
             self._unload(idle)
-        listed, engine = self.listing[spec.model], GenerationEngine(self._settings, self._turns)
-        # What leaves now is counted as gone already: it has to be, before the load begins.
-        after = tuple(self._leaving)
-        model = Model(spec, listed.handler(), listed.folder, engine, plan.memory_bytes, self._forget, after)
-        self._models[spec] = model
+        if model:
+            self._unload(model)
+        model = self._models[spec] = self._begin_to_load(spec, plan)
         return model
+
+    def _begin_to_load(self, spec: ModelSpec, plan: Plan) -> Model:
+        now = self._clock.now()
+        self._restarts = {s: r for s, r in self._restarts.items() if s in self._models or not r.forgotten(now)}
+        restarts = self._restarts.setdefault(spec, Restarts())
+        listed, engine = self.listing[spec.model], GenerationEngine(self._settings, self._turns, self._clock)
+        # What leaves now is counted as gone already: it has to be, before the load begins.
+        after = self._leaving.leaving
+        return Model(
+            spec,
+            listed.handler(),
+            listed.folder,
+            engine,
+            plan.memory_bytes,
+            on_change=self._changed,
+            restarts=restarts,
+            clock=self._clock,
+            after=after,
+        )
+
+    def _changed(self, model: Model) -> None:
+        """Hear that a model's load has ended, or that its engine died."""
+        there = self._models.get(model.spec) is model
+        if model.load_error:
+            # A load that failed is no model; what clients may name must not fill the server's memory.
+            if there and not isinstance(model.load_error, Abandoned):
+                self._missing(model, "failed to load")
+            self._forget(model)
+        elif model.failed:
+            self._leaving.let_go(model)
+            if there:
+                self._died(model)
+        elif there:
+            self._missing(model, None)
+
+    def _missing(self, model: Model, why: str | None) -> None:
+        if model.spec == self._default_spec:
+            self._default_missing = why
+
+    def _died(self, model: Model) -> None:
+        now = self._clock.now()
+        model.restarts.died(now)
+        log.error("the engine of %s died; it can be loaded anew in %g s", model.name, model.restarts.back_off(now))
+        if model.restarts.by_itself:
+            task = asyncio.create_task(self._restart(model))
+            self._restarting.add(task)
+            task.add_done_callback(self._restarting.discard)
+
+    async def _restart(self, model: Model) -> None:
+        try:
+            await self._planned(model.spec)
+            # Or somebody who asked was quicker, or it was unloaded because nobody did.
+            if self._models.get(model.spec) is model:
+                await self.get(model.spec, Waiter())
+            else:
+                self._plans.pop(model.spec, None)
+        except Refused as refused:
+            log.error("cannot load %s anew: %s", model.name, refused.message)
+        finally:
+            model.restarts.gave_up()
+
+    async def _planned(self, spec: ModelSpec) -> Plan:
+        """Give the plan for those words, which is made once."""
+        if spec not in self._plans:
+            self._plans[spec] = asyncio.create_task(self._plan(spec))
+            self._plans[spec].add_done_callback(partial(self._plan_made, spec))
+        return await asyncio.shield(self._plans[spec])
 
     async def _plan(self, spec: ModelSpec) -> Plan:
         listed = self.listing[spec.model]
@@ -160,14 +256,14 @@ class ModelService:
             log.exception("the folder of %s cannot be read", spec.model)
             raise Refused("load_failed", FAILED) from error
 
-    def _planned(self, spec: ModelSpec, plan: "asyncio.Task[Plan]") -> None:
+    def _plan_made(self, spec: ModelSpec, plan: "asyncio.Task[Plan]") -> None:
         if _failed(plan):
             self._plans.pop(spec, None)
 
     @contextmanager
     def _using(self, model: Model) -> Iterator[None]:
         model.users += 1
-        model.left_at = None
+        model.unused_since = None
         if model.expiry:
             model.expiry.cancel()
         try:
@@ -178,7 +274,7 @@ class ModelService:
                 self._left(model)
 
     def _left(self, model: Model) -> None:
-        model.left_at = time.monotonic()
+        model.unused_since = time.monotonic()
         if self._keeping.keep_alive is not None and self._models.get(model.spec) is model:
             model.expiry = asyncio.get_running_loop().call_later(self._keeping.keep_alive, self._expire, model)
 
@@ -188,12 +284,9 @@ class ModelService:
 
     def _unload(self, model: Model) -> None:
         self._forget(model)
-        task = asyncio.create_task(model.close())
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
+        self._leaving.let_go(model)
 
     def _forget(self, model: Model) -> None:
-        # A load that failed is no model either; what clients may name must not fill the server's memory.
         if self._models.get(model.spec) is not model:
             return
         del self._models[model.spec]

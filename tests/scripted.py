@@ -8,8 +8,8 @@ import contextlib
 import math
 import socket
 import threading
-from collections.abc import AsyncIterator, Hashable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from LLM._base_model_handler import LoadedModel, LoadOptions, Plan, Progress
+from LLM.engine.clock import Clock
 from LLM.engine.request import Sampled
 from LLM.engine.sequence import Slice
 from LLM.listing import Listed
@@ -57,6 +58,67 @@ class Gate:
             if not self._changed.wait_for(lambda: self._permits > 0, timeout=60):
                 raise TimeoutError("the test never let this step pass")
             self._permits -= 1
+
+
+class HastyClock(Clock):
+    """Waits for nothing that only time brings."""
+
+    async def pass_by(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+
+
+class SetClock(Clock):
+    """Goes as the real one does, and further when the test says so; what is to happen later happens only then."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+        self._timers: list[SetTimer] = []
+
+    def now(self) -> float:
+        return super().now() + self._ahead
+
+    def later(self, seconds: float, call: Callable[[], object]) -> "SetTimer":  # type: ignore[override]
+        self._timers.append(SetTimer(self.now() + seconds, call))
+        return self._timers[-1]
+
+    def go(self, seconds: float) -> None:
+        """Let so many seconds pass by, and happen what was to happen then."""
+        self.set_forward(seconds)
+        self.happen()
+
+    def set_forward(self, seconds: float) -> None:
+        """Let so many seconds pass by; what was to happen then is late."""
+        self._ahead += seconds
+
+    def happen(self) -> None:
+        """Let happen what is due."""
+        while due := [timer for timer in self.timers if timer.due <= self.now()]:
+            first = min(due, key=lambda timer: timer.due)
+            first.cancel()
+            first.call()
+
+    @property
+    def timers(self) -> "list[SetTimer]":
+        """What is still to happen."""
+        self._timers = [timer for timer in self._timers if not timer.cancelled]
+        return self._timers
+
+    @property
+    def ahead(self) -> list[int]:
+        """In how many seconds, of which not one has begun."""
+        return sorted(round(timer.due - self.now()) for timer in self.timers)
+
+
+@dataclass(eq=False)
+class SetTimer:
+    """What happens when the test lets its time come."""
+
+    due: float
+    call: Callable[[], object]
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 class ScriptedModel(ModelHandler):

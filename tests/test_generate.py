@@ -10,8 +10,8 @@ from LLM.engine.pacing import FIRST_GUESS
 from LLM.engine.request import Alternative, Sampled
 from LLM.engine.sequence import Slice
 from LLM.model_srv_wsserver_echo import ModelHandler
-from tests.conftest import Client
-from tests.scripted import WIDE, Gate, in_engine, scripted, slow_client
+from tests.conftest import Client, eventually
+from tests.scripted import WIDE, Gate, SetClock, in_engine, scripted, slow_client
 
 CONTEXT = 65536  # the echo model's
 TOKENIZER = ModelHandler().load(Path(), LoadOptions(), lambda stage, progress: None).tokenizer
@@ -338,10 +338,11 @@ class Died(BaseException):
     pass
 
 
-async def test_an_engine_thread_that_dies_ends_every_stream_and_the_next_request_gets_a_new_one(
+async def test_an_engine_thread_that_dies_ends_every_stream_and_whoever_comes_then_gets_a_new_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with scripted(max_active=1) as (server, model), server.client() as a, server.client() as b:
+        clock = server.models._clock = SetClock()
         for number, (client, id) in enumerate([(a, "running"), (b, "queued")], 1):
             await client.send(type="generate", id=id, prompt="hello")
             await in_engine(server, number)
@@ -352,11 +353,15 @@ async def test_an_engine_thread_that_dies_ends_every_stream_and_the_next_request
             assert done["error"]["code"] == "internal"
             assert "natural causes" not in done["error"]["message"]
         assert "of natural causes" in caplog.text
-        assert (await b.settle())["models"][0]["state"] == "failed"
+        assert (await b.settle())["models"][0]["state"] == "restarting"
         for client in (a, b):
-            assert (await client.generate(id="again", prompt="hello"))["joined"] == "hello"
+            await client.send(type="generate", id="again", prompt="hello")
+        await eventually(lambda: clock.ahead == [1])
+        clock.go(1)
+        for client in (a, b):
+            assert (await client.done("again"))["finish_reason"] == "stop"
         assert model.loads == 2
-        assert [entry["state"] for entry in (await b.settle())["models"]] == ["ready"]
+        assert [(entry["state"], entry["restarts"]) for entry in (await b.settle())["models"]] == [("ready", 1)]
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,16 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from LLM import model as model_module
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.model import Waiter
 from LLM.model_service import ModelService
 from tests.conftest import ECHO, add_folder, eventually
-from tests.scripted import ScriptedModel, put
+from tests.scripted import ScriptedModel, SetClock, put
 
 
 @pytest.fixture
@@ -122,20 +120,21 @@ async def test_the_line_for_a_load_is_fair_between_owners(service: ModelService,
 
 
 async def test_no_more_wait_for_a_load_than_may_and_who_has_most_in_line_loses_the_last(
-    service: ModelService, model: ScriptedModel, monkeypatch: pytest.MonkeyPatch
+    service: ModelService, model: ScriptedModel
 ) -> None:
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(model_module, "time", clock)
+    clock = service._clock = SetClock()
     service._settings = EngineSettings(2, max_queue=3)
     model.load_gate.shut()
     places = [Place("heavy") for _ in range(3)]
     tasks = [ask(service, place) for place in places]
     loading = ask(service, Waiter(on_progress=lambda stage, progress: None))
     await eventually(lambda: places[2].told == [3])
-    clock.now += 7.0
-    with pytest.raises(Refused, match=r"^3 requests may wait .* try again in 7\.0 s") as refused:
+    clock.go(7.0)
+    with pytest.raises(Refused, match=r"^3 requests may wait .* try again in") as refused:
         await ask(service, Place("heavy"))
-    assert (refused.value.reason, refused.value.retry_after) == ("overloaded", 7.0)
+    assert (refused.value.reason, refused.value.message[-6:]) == ("overloaded", f"{refused.value.retry_after: .1f} s"[-6:])
+    assert refused.value.retry_after
+    assert refused.value.retry_after >= 7, "as long again as it has taken until now"
     light = ask(service, Place("light"))
     with pytest.raises(Refused, match="requests may wait"):
         await tasks.pop(2)

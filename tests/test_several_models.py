@@ -96,9 +96,9 @@ async def test_a_load_begins_when_those_that_leave_for_it_are_gone() -> None:
         engine = next(iter(service._models.values())).engine
         close = engine.close
 
-        async def slow_close() -> None:
+        async def slow_close(patience: float | None) -> None:
             await leaving.wait()
-            await close()
+            await close(patience)
 
         engine.close = slow_close  # type: ignore[method-assign]
         loading = asyncio.create_task(load(service, "b/b"))

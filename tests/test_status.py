@@ -29,6 +29,7 @@ async def test_a_loaded_models_entry_has_every_field() -> None:
             "queued": 0,
             "capacity": 3,
             "tokens_per_s": 0.0,
+            "steps": 0,
         }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from LLM._base_model_handler import GenerationOptions, LoadedModel, LoadOptions, Progress
-from LLM.engine.thread import Turns
+from LLM.engine.turns import Turns
 from LLM.engine.worker import EngineSettings
 from LLM.model import Model, Waiter
 from LLM.model_service import ModelService

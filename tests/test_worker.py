@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from LLM.engine import answer as answer_module
 from LLM.engine import worker as worker_module
+from LLM.engine.inbox import Cancel, Close, Inbox, Open, Parts
 from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued, Sampled, Sampling, Started
 from LLM.engine.scheduler import Scheduler
 from LLM.engine.sequence import IN_FLIGHT, Sequence, Slice
 from LLM.engine.stream import GenerationStream
-from LLM.engine.worker import Cancel, Close, EngineSettings, Inbox, Open, Parts, Worker
+from LLM.engine.worker import EngineSettings, Worker
 from LLM.model_srv_wsserver_echo import EchoRunner
 from tests.test_thread import TOKENIZER, end, request, text
 

@@ -4,7 +4,6 @@ The inbox is read before every step, so a step is the longest that a cancel wait
 """
 
 import logging
-import queue
 import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,9 +12,10 @@ from dataclasses import dataclass, replace
 from tokenizers import Tokenizer
 
 from LLM.engine.answer import Answer
+from LLM.engine.inbox import Cancel, Close, Inbox, Open, Parts
 from LLM.engine.kv_cache import BlockPool
 from LLM.engine.pacing import Pacing
-from LLM.engine.request import Finished, FinishReason, GenerationRequest, Part, Queued, Sampled, Timings
+from LLM.engine.request import Finished, FinishReason, GenerationRequest, Queued, Sampled, Timings
 from LLM.engine.retry import RetryAfter
 from LLM.engine.scheduler import Scheduler
 from LLM.engine.sequence import IN_FLIGHT, Sequence, Slice
@@ -33,36 +33,13 @@ FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; tr
 class EngineSettings:
     """How an operator wants a model to run: so many sequences at once, and so much longer a step that prefills too.
 
-    No more than `max_queue` requests wait for their turn.
+    No more than `max_queue` requests wait for their turn. A step that takes longer than `step_timeout` seconds hangs.
     """
 
     capacity: int = 8
     prefill_stretch: float = 3.0
     max_queue: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Begin a stream's request."""
-
-    stream: GenerationStream
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """End a request; a key that is not open is ignored."""
-
-    key: Hashable
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """End every request, and the thread."""
-
-
-Inbox = queue.SimpleQueue[Open | Cancel | Close]
-# Parts go by stream, not by key: a key may be opened again while parts of its last stream are still on their way.
-Parts = list[tuple[GenerationStream, Part]]
+    step_timeout: float = 120.0
 
 
 class Worker:
@@ -76,6 +53,7 @@ class Worker:
         inbox: Inbox,
         post: Callable[[Parts], None],
         turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._ahead = runner if isinstance(runner, RunsAhead) else None
@@ -89,18 +67,24 @@ class Worker:
         self._inbox = inbox
         self._post = post
         self._turn = turn
+        self._now = now
         self._parts: Parts = []
         self._flight: Flight | None = None
         self._landed_at = 0.0
+        # For the event loop's side to look at: how many steps there were, and since when one runs, by its clock.
+        self.steps = 0
+        self.step_began: float | None = None
 
     def run(self) -> None:
         """Serve the inbox; returns once every request has its end."""
         while not self._read_inbox(wait=self._scheduler.idle):
             with self._turn():
+                self.step_began = self._now()
                 # What came while another model had its turn counts for this step.
                 if self._read_inbox(wait=False):
                     break
                 self._next_step()
+                self.step_began = None
         for key in self._scheduler.keys:
             self._finish(key, "shutdown")
         self._hand_over()
@@ -135,6 +119,7 @@ class Worker:
         self._hand_over()
 
     def _launch(self, batch: list[Slice]) -> Flight | None:
+        self.steps += 1
         began = time.monotonic()
         decoding = sum(part.decodes for part in batch)
         prefilled = sum(part.stop - part.start for part in batch) - decoding

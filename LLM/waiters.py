@@ -1,0 +1,99 @@
+"""Those who wait for a model's load: told how it goes, and where they stand in a line that is fair and bounded."""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from LLM.engine.clock import Clock
+from LLM.engine.line import Line
+from LLM.engine.retry import bounded
+from LLM.errors import Refused
+
+
+class Waiter:
+    """One who waits for a load: told of its progress, and of his place in line if he stands in it.
+
+    The line is fair between owners.
+    """
+
+    def __init__(
+        self,
+        on_progress: Callable[[str, float], None] | None = None,
+        on_position: Callable[[int], None] | None = None,
+        owner: Hashable = None,
+    ) -> None:
+        self.on_progress = on_progress
+        self.on_position = on_position
+        self.owner = owner
+
+
+class Waiters:
+    """All who wait for one load, of whom no more than `max_queue` may stand in line."""
+
+    def __init__(self, max_queue: int, clock: Clock) -> None:
+        self._max_queue = max_queue
+        self._clock = clock
+        self._began = clock.now()
+        # Each with what turns it away.
+        self._turned_away: dict[Waiter, asyncio.Future[Refused]] = {}
+        self._line: Line[Waiter] = Line()
+        self._telling = False
+
+    def __len__(self) -> int:
+        return len(self._turned_away)
+
+    @property
+    def in_line(self) -> int:
+        """How many stand in line."""
+        return len(self._line)
+
+    async def stand_by(self, waiter: Waiter, load: asyncio.Future[Any]) -> None:
+        """Wait until a load has ended, however it did.
+
+        Raises:
+            Refused: too many wait, and this one would be served last.
+        """
+        turned_away = self._turned_away[waiter] = asyncio.get_running_loop().create_future()
+        if waiter.on_position:
+            self._join_line(waiter)
+        try:
+            await asyncio.wait([load, turned_away], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._turned_away[waiter]
+            # When the load has ended all leave; there is nothing to be told.
+            if self._line.leave(waiter) and not load.done():
+                self._line_moved()
+        if not load.done():
+            raise turned_away.result()
+
+    def tell_progress(self, stage: str, done: float) -> None:
+        """Tell all who want to know how far the load is."""
+        for waiter in self._turned_away:
+            if waiter.on_progress:
+                waiter.on_progress(stage, done)
+
+    def _join_line(self, waiter: Waiter) -> None:
+        self._line.join(waiter, waiter.owner)
+        last = self._line.last
+        if last and len(self._line) > self._max_queue:
+            self._line.leave(last)
+            self._turned_away[last].set_result(self._too_many())
+        self._line_moved()
+
+    def _too_many(self) -> Refused:
+        # How long it still takes nobody knows; as long again as until now is a guess that grows with what it is about.
+        seconds = bounded(self._clock.now() - self._began)
+        most = f"{self._max_queue} requests may wait for this model while it is loaded, and they do"
+        return Refused("overloaded", f"{most}; try again in {seconds:.1f} s", retry_after=seconds)
+
+    def _line_moved(self) -> None:
+        # Once a turn of the loop: many who leave together must not each have everybody behind them told.
+        if not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell_positions)
+
+    def _tell_positions(self) -> None:
+        self._telling = False
+        for waiter, position in self._line.moved():
+            if waiter.on_position:
+                waiter.on_position(position)
