@@ -64,7 +64,7 @@ async def _prepare(
     def on_position(position: int) -> None:
         job.send(Queued(id=job.id, position=position))
 
-    model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position)))
+    model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position, owner=session_id)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     return model, await model.request((session_id, job.id), prompt, _options(message))
 
@@ -121,7 +121,8 @@ class _Answer:
         usage = Usage(
             prompt_tokens=end.prompt_tokens, completion_tokens=end.completion_tokens, cached_tokens=end.cached_tokens
         )
-        error = ErrorDetail(code=end.error[0], message=end.error[1]) if end.error else None
+        retry_after_ms = None if end.retry_after is None else round(end.retry_after * 1000)
+        error = ErrorDetail(code=end.error[0], message=end.error[1], retry_after_ms=retry_after_ms) if end.error else None
         return Done(id=self.id, finish_reason=end.reason, usage=usage, timings=self._timings(end), error=error)
 
     def _timings(self, end: engine.Finished) -> Timings:

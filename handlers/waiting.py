@@ -40,7 +40,7 @@ def in_words(refused: Refused) -> str:
 
 def refusal(job: Job, refused: Refused, total_ms: float = 0.0) -> ServerMessage:
     """Give the frame that ends a job which a model refused."""
-    return job.unfinished("error", total_ms, (refused.reason, in_words(refused)))
+    return job.unfinished("error", total_ms, (refused.reason, in_words(refused)), refused.retry_after)
 
 
 async def until_stopped(job: Job, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:

@@ -11,12 +11,11 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from handlers import dispatcher
-from LLM.engine.worker import EngineSettings
 from LLM.listing import MODELS_ROOT
 from LLM.model_service import Keeping, ModelService
 from tests.asked import Asked, Resumable
 from tests.checker import Checker
-from wsserver.__main__ import load_options
+from wsserver.__main__ import engine_settings, load_options
 from wsserver.config import Config
 from wsserver.server import Server
 
@@ -117,10 +116,10 @@ async def running(
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
     options = load_options(config)
-    engines, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
-    models = ModelService(model, options, engines, root, keeping)
+    keeping = Keeping(config.memory, config.keep_alive)
+    models = ModelService(model, options, engine_settings(config), root, keeping)
     try:
-        async with Server(config, dispatcher(models)) as server:
+        async with Server(config, dispatcher(models), lambda: models.problem) as server:
             yield Running(server, models)
     finally:
         await models.close()

@@ -65,6 +65,28 @@ async def test_the_echo_path_answers_every_message_with_itself_once_it_is_asked_
             assert (await client.generate(prompt="hello"))["joined"] == "hello"
 
 
+async def test_readiness_follows_the_default_model_and_a_drain() -> None:
+    async with scripted(loaded=False, drain_timeout=60.0) as (server, model), server.client() as client:
+        model.load_gate.shut()
+        status, answer = await get(server, "/readyz")
+        assert (status, "wsserver/echo is not loaded yet" in answer) == (503, True)
+        await client.send(type="generate", id="g", prompt="hello")
+        await client.until("queued")
+        status, answer = await get(server, "/readyz")
+        assert (status, "wsserver/echo is loading" in answer) == (503, True)
+        model.load_gate.open()
+        await client.until("started")
+        assert (await get(server, "/readyz"))[0] == 200
+        drain = asyncio.create_task(server.server.drain())
+        await client.until("goaway")
+        status, answer = await get(server, "/readyz")
+        assert (status, "stopping" in answer) == (503, True)
+        assert (await get(server, "/healthz"))[0] == 200
+        model.open()
+        await client.done("g")
+        await drain
+
+
 @pytest.mark.parametrize(
     ("offered", "chosen"),
     [

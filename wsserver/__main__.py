@@ -81,12 +81,12 @@ async def serve(config: Config) -> None:
         Refused: the default model is not there, or cannot be loaded.
         OSError: the address cannot be listened on.
     """
-    settings, keeping = EngineSettings(config.max_active, config.prefill_stretch), Keeping(config.memory, config.keep_alive)
-    models = ModelService(config.model, load_options(config), settings, config.models or MODELS_ROOT, keeping)
+    keeping, root = Keeping(config.memory, config.keep_alive), config.models or MODELS_ROOT
+    models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping)
     asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
-        server = await closing.enter_async_context(Server(config, dispatcher(models)))
+        server = await closing.enter_async_context(Server(config, dispatcher(models), lambda: models.problem))
         stopping = _stop_on_signal()
         # Clients may come while models load: they wait in line for them, and can cancel.
         load = asyncio.create_task(_load(models, asked))
@@ -99,6 +99,14 @@ async def serve(config: Config) -> None:
         load.cancel()
         _say("stopping: running generations may finish")
         await server.drain()
+    if models.stuck:
+        # Python would wait for the thread that hangs, for ever.
+        os._exit(0)
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    """Give how models run once they are loaded."""
+    return EngineSettings(config.max_active, config.prefill_stretch, config.max_queue, config.step_timeout)
 
 
 def load_options(config: Config) -> LoadOptions:
