@@ -129,8 +129,9 @@ async def test_it_is_watched_as_long_as_streams_are_open():
         its.model.open()
         assert await ends_of([task]) == [("stop", None)]
         assert its.clock.ahead == []
+        await eventually(lambda: its.engine._step_began() is None)
         its.clock.go(1000)
-        assert not its.engine.dead
+        assert await ends_of(await reading(its.engine, request("b"))) == [("stop", None)], "the last step was long ago"
 
 
 async def test_a_step_that_hangs_for_nobody_is_noticed_by_the_next_who_comes():
