@@ -182,8 +182,6 @@ class ModelService:
         self._restarts = {s: r for s, r in self._restarts.items() if s in self._models or not r.forgotten(now)}
         restarts = self._restarts.setdefault(spec, Restarts())
         listed, engine = self.listing[spec.model], GenerationEngine(self._settings, self._turns, self._clock)
-        # What leaves now is counted as gone already: it has to be, before the load begins.
-        after = self._leaving.leaving
         return Model(
             spec,
             listed.handler(),
@@ -193,7 +191,8 @@ class ModelService:
             on_change=self._changed,
             restarts=restarts,
             clock=self._clock,
-            after=after,
+            # What leaves now is counted as gone already: it has to be, before the load begins.
+            after=self._leaving.leaving,
         )
 
     def _changed(self, model: Model) -> None:
