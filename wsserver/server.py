@@ -129,7 +129,9 @@ class Server:
         session = Session(id=secrets.token_urlsafe(9), server=self.state)
         outbox = Outbox(self._config.max_outbox_bytes)
         connection = Connection(client, session, outbox, self.resumables, self._dispatch)
-        self._connections[connection] = Liveness(time.monotonic(), self._config.stall_timeout)
+        # A look may come late by the time between two, when the peer's last sign of life was and when it is judged.
+        patience = self._config.stall_timeout * (1 - 2 / LOOKS)
+        self._connections[connection] = Liveness(time.monotonic(), patience)
         if self.state.draining:
             connection.go_away(self._time_to_finish)
         log.debug("session %s: opened", session.id)
