@@ -10,6 +10,7 @@ import torch
 
 from LLM import model_folder
 from LLM._base_model_handler import LoadOptions, Plan
+from LLM.engine.packing import packs
 from LLM.errors import Refused
 from LLM.giving_way import giving_way
 from LLM.room import SHARE
@@ -90,7 +91,7 @@ def cores() -> int:
 
 def _weights(found: model_folder.ModelFolder, options: LoadOptions, device: torch.device) -> int:
     weights = found.memory(options.dtype, options.quantization)
-    if device.type == "cpu":
+    if device.type == "cpu" and packs(DTYPES[options.dtype]):
         # An output layer that is the embedding table is held in an order of its own, and what is compiled all but twice.
         weights += int(found.tied * model_folder.DTYPE_BYTES[options.dtype])
         twice = ("compiled", "bfloat16", "none")

@@ -87,7 +87,7 @@ async def test_who_answers_no_ping_is_closed_though_its_kernel_takes_them(echo: 
         connection, now = only(echo), time.monotonic()
         liveness = echo.server._connections[connection]
         connection.look(liveness, now)
-        connection.look(liveness, now + 29)
+        connection.look(liveness, now + 27)
         await client.settle()
         await eventually(lambda: traffic(echo).outstanding == 0)
         connection.look(liveness, now + 30)

@@ -55,9 +55,11 @@ def run_server(config: Config) -> None:
     """Serve until a signal comes; an address that cannot be listened on is told in one line."""
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(serve(config))
+            hangs = runner.run(serve(config))
     except OSError as error:
         sys.exit(f"wsserver: {error}; choose another address with --host and --port")
+    if hangs:
+        os._exit(0)  # Python would wait for that thread, for ever
 
 
 def print_models(config: Config) -> None:
@@ -74,8 +76,8 @@ def print_schema(config: Config) -> None:
 COMMANDS: Mapping[str, Callable[[Config], None]] = {"serve": run_server, "models": print_models, "schema": print_schema}
 
 
-async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+async def serve(config: Config) -> bool:
+    """Serve until SIGTERM or SIGINT, then drain; say whether a thread of a model hangs and was left behind.
 
     Raises:
         Refused: the default model is not there, or cannot be loaded.
@@ -99,9 +101,7 @@ async def serve(config: Config) -> None:
         load.cancel()
         _say("stopping: running generations may finish")
         await server.drain()
-    if models.stuck:
-        # Python would wait for the thread that hangs, for ever.
-        os._exit(0)
+    return models.stuck
 
 
 def engine_settings(config: Config) -> EngineSettings:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from LLM.engine.fused_modules import ATTENTION_FUNCTIONS, FusedAttention, GatedMLP, HeadNorm, PackedLinear, RMSNorm
+from LLM.engine.packing import packs
 from LLM.engine.rounding import FLOAT32, relative_error, tolerance
 
 log = logging.getLogger(__name__)
@@ -265,15 +266,7 @@ def _module_tolerance(dtype: torch.dtype) -> float:
 
 
 def _can_be_packed(module: object) -> bool:
-    ops = torch.ops.mkldnn
-    if not (_is_plain(module) and hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
-        return False
-    # Not every CPU has the instructions for 16-bit types.
-    if module.weight.dtype == torch.bfloat16:
-        return bool(ops._is_mkldnn_bf16_supported())
-    if module.weight.dtype == torch.float16:
-        return bool(ops._is_mkldnn_fp16_supported())
-    return module.weight.dtype == torch.float32
+    return _is_plain(module) and packs(module.weight.dtype)
 
 
 def _pack(parent: nn.Module, name: str) -> Undo:
