@@ -252,13 +252,15 @@ async def test_who_waits_is_told_its_place_and_every_change_of_it() -> None:
         model.step_gate.let(1)
         assert [(await c.until("queued"))["position"] for _ in range(2)] == [2, 4]
         assert [(await b.until("queued"))["position"] for _ in range(2)] == [1, 3]
+        # It is b's turn, with or without the one that was in front.
         await b.send(type="cancel", id="b1")
         await b.settle()
         model.step_gate.let(1)
-        assert [(await c.until("queued"))["position"] for _ in range(2)] == [1, 3]
+        assert (await b.until("queued", id="b2"))["position"] == 1
+        assert (await c.until("queued", id="c2"))["position"] == 3
         model.open()
         await asyncio.gather(b.until("done", id="b2"), c.until("done", id="c2"), a.until("done"))
-        assert list(dict.fromkeys(id for batch in model.steps for id in ids_of(batch))) == ["a", "c1", "b2", "c2"]
+        assert list(dict.fromkeys(id for batch in model.steps for id in ids_of(batch))) == ["a", "b2", "c1", "c2"]
         assert not a.of("a", "queued")
         for client, id in ((b, "b2"), (c, "c2")):
             positions = [frame["position"] for frame in client.of(id, "queued")]
