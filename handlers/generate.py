@@ -66,7 +66,7 @@ async def _prepare(
 
     model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position, owner=session_id)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
-    return model, await model.request((session_id, job.id), prompt, _options(message))
+    return model, await model.request((session_id, job.id, job.number), prompt, _options(message))
 
 
 async def _stream(model: Model, request: engine.GenerationRequest, job: Job, answer: "_Answer") -> None:

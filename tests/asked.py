@@ -16,7 +16,8 @@ class Asked:
     scored: list[dict[str, Any]] = field(default_factory=list)
     done: dict[str, Any] | None = None
     cancels_sent: list[int] = field(default_factory=list)
-    cancelled_before: bool = False  # a cancel was sent on a connection that is gone
+    # Of cancels sent on any connection that knew of it: all states of one generation share this.
+    cancelled_anywhere: list[bool] = field(default_factory=list)
     cancel_was_read: bool = False
     # How much of the text there was at every seq at which a frame began or would have, on any connection.
     borders: dict[int, int] = field(default_factory=lambda: {0: 0})
@@ -29,7 +30,6 @@ class Asked:
         """Give what goes on from `seq` on another connection."""
         state = replace(self, serial=serial, last="resumed", next_seq=seq, done=None, cancels_sent=cancels)
         state.text, state.scored = self.text[: self.borders[seq]], self.scored[:seq]
-        state.cancelled_before = self.cancelled_before or bool(self.cancels_sent)
         return state
 
 

@@ -300,5 +300,5 @@ class _Given:
 
 
 def _id(part: Slice) -> str:
-    _session, id = part.sequence.request.key
+    _session, id, *_ = part.sequence.request.key
     return id

@@ -207,6 +207,21 @@ async def test_resumed_elsewhere_the_old_connection_is_told_and_hears_no_more_of
         assert other.checker.texts["g"] == TEXT
 
 
+async def test_the_id_may_be_used_anew_where_it_was_lost_while_the_first_one_runs_elsewhere(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, model = stage
+    async with server.client() as client, server.client() as other:
+        await begun(client, model)
+        await other.resume(client, "g")
+        await client.until("detached")
+        await begun(client, model, 0, busy=server, prompt="another one")
+        model.open()
+        await client.done("g")
+        await other.done("g")
+        assert (client.checker.texts["g"], other.checker.texts["g"]) == ("another one", TEXT)
+
+
 async def test_a_cancel_on_the_connection_that_lost_it_finds_nothing(stage: tuple[Running, ScriptedModel]) -> None:
     server, model = stage
     async with server.client() as client, server.client() as other:

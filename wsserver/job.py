@@ -67,8 +67,10 @@ class Keeper(Protocol):
 class Job:
     """What serves one id."""
 
-    def __init__(self, id: str, message: Init | Generate, listener: Listener, keeper: Keeper) -> None:
+    def __init__(self, id: str, number: int, message: Init | Generate, listener: Listener, keeper: Keeper) -> None:
         self.id = id
+        # Which one of its client's it is. The id does not tell: it is free again there once the job was taken up elsewhere.
+        self.number = number
         self.ended = False
         self.task: asyncio.Task[None]
         # What was said, where somebody may want it again, or where it is to be told in the end alone.

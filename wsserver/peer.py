@@ -42,6 +42,7 @@ class Peer:
         self.session = session
         self._link = link
         self._resumables = resumables
+        self._asked = 0
         self._jobs: dict[str, Job] = {}  # by the ids that are open here
         self._replays: dict[str, asyncio.Task[None]] = {}
         self._none_open = asyncio.Event()
@@ -61,7 +62,8 @@ class Peer:
             Refusal: the session does not let the message in.
         """
         id = self.session.open(message)
-        job = Job(id, message, self, self._resumables)
+        self._asked += 1
+        job = Job(id, self._asked, message, self, self._resumables)
         self._take(job)
         job.start(serve)
 

@@ -123,7 +123,8 @@ class TorturedClient:
             if done["finish_reason"] in ("cancelled", "lost"):
                 assert text.startswith(found), f"not the beginning of what was asked for: {found!r}, {message}"
             else:
-                assert (found, done["finish_reason"]) == (text, reason), f"{message}"
+                told = f"{len(found)} of {len(text)} characters, {done}, asked for by {message}"
+                assert (found, done["finish_reason"]) == (text, reason), told
 
     # What it does.
 
