@@ -16,6 +16,7 @@ class Asked:
     scored: list[dict[str, Any]] = field(default_factory=list)
     done: dict[str, Any] | None = None
     cancels_sent: list[int] = field(default_factory=list)
+    cancelled_before: bool = False  # a cancel was sent on a connection that had it before
     # Of cancels sent on any connection that knew of it: all states of one generation share this.
     cancelled_anywhere: list[bool] = field(default_factory=list)
     cancel_was_read: bool = False
@@ -29,6 +30,7 @@ class Asked:
     def resumed(self, serial: int, seq: int, cancels: list[int]) -> "Asked":
         """Give what goes on from `seq` on another connection."""
         state = replace(self, serial=serial, last="resumed", next_seq=seq, done=None, cancels_sent=cancels)
+        state.cancelled_before = self.cancelled_before or bool(self.cancels_sent)
         state.text, state.scored = self.text[: self.borders[seq]], self.scored[:seq]
         return state
 

@@ -198,7 +198,8 @@ class Checker:
         assert (reason == "error") == ("error" in frame), f"error and finish_reason disagree: {frame}"
         assert asked.next_seq <= usage["completion_tokens"], f"more tokens sent than made: {frame}"
         assert (reason == "cancelled") == ("cancel_ms" in frame["timings"]), f"cancel_ms without a cancel: {frame}"
-        assert reason != "cancelled" or asked.cancels_sent or asked.cancelled_anywhere, f"cancelled by nobody: {frame}"
+        wanted = asked.cancels_sent or asked.cancelled_before or asked.cancelled_anywhere
+        assert reason != "cancelled" or wanted, f"cancelled by nobody: {frame}"
         assert reason != "shutdown" or self._going_away, f"shutdown without goaway: {frame}"
         assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"
         assert all(ms >= 0 for ms in frame["timings"].values()), f"time runs backwards: {frame}"

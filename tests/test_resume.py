@@ -317,6 +317,9 @@ async def test_a_cancel_read_during_the_replay_of_what_has_ended_makes_the_done_
         done = await other.done("g")
         assert done["finish_reason"] == "cancelled"
         assert other.asked("g").next_seq < 1000
+        # And so it is for whoever asks once more.
+        await other.resume(client, "g", after_seq=0)
+        assert (await other.until("done"))["finish_reason"] == "cancelled"
 
 
 # Bounds.

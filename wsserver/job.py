@@ -147,8 +147,11 @@ class Job:
 
     def stop(self, reason: StopReason, now: float) -> None:
         """Stop it; the frame that ends it follows."""
-        if reason == "cancelled" and self.transcript and self._streams:
-            self._grow(self.transcript.drop_tokens)
+        if reason == "cancelled" and self.transcript:
+            if self._streams:
+                self._grow(self.transcript.drop_tokens)
+            if self.transcript.done:  # its end was on its way in a replay; whoever resumes it next is told no other one
+                self.transcript.done = stopped(self.transcript.done, reason, 0.0)
         if self.ended or self._stop_reason:
             return
         self._stop_reason, self._stopped_at = reason, now
