@@ -1,6 +1,7 @@
 # The server with the default model in it. Other models are mounted: -v ./LLM/<vendor>:/app/LLM/<vendor>:ro
 #   docker build -t wsserver .
-#   docker run --rm -p 127.0.0.1:41443:41443 wsserver           (with --gpus all on a machine with a GPU)
+#   export WSSERVER_API_KEY=sk-$(openssl rand -hex 32)
+#   docker run --rm -p 127.0.0.1:41443:41443 -e WSSERVER_API_KEY wsserver     (with --gpus all on a machine with a GPU)
 FROM python:3.12-slim
 
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
@@ -23,7 +24,7 @@ RUN useradd --system wsserver
 USER wsserver
 
 EXPOSE 41443
-# Inside a container the loopback address reaches nobody; who may reach the published port is `docker run -p`'s to say.
+# Inside a container the loopback address reaches nobody. On any other the server wants a key, or to be told that it needs none.
 ENV WSSERVER_HOST=0.0.0.0
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:41443/healthz', timeout=2)"]
 # SIGTERM drains. docker stop kills after 10 seconds: a short drain leaves time to say goodbye; longer ones need --stop-timeout.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from LLM.model_service import Keeping, ModelService
 from tests.asked import Asked, Resumable
 from tests.checker import Checker
 from wsserver.__main__ import engine_settings, load_options
+from wsserver.auth import Keys
 from wsserver.config import Config
 from wsserver.server import Server
 
@@ -99,7 +101,7 @@ class Running:
     def __init__(self, server: Server, models: ModelService) -> None:
         self.server = server
         self.models = models
-        self.url = f"ws://127.0.0.1:{server.port}/ws"
+        self.url = f"{'wss' if server.tls else 'ws'}://127.0.0.1:{server.port}/ws"
         self.resumable: Resumable = {}  # by any client
 
     @contextlib.asynccontextmanager
@@ -111,7 +113,12 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    model: str = ECHO, root: Path = MODELS_ROOT, dtype: str = "auto", **settings: Any
+    model: str = ECHO,
+    root: Path = MODELS_ROOT,
+    dtype: str = "auto",
+    keys: Keys | None = None,
+    tls: ssl.SSLContext | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
@@ -119,7 +126,7 @@ async def running(
     keeping = Keeping(config.memory, config.keep_alive)
     models = ModelService(model, options, engine_settings(config), root, keeping)
     try:
-        async with Server(config, dispatcher(models), lambda: models.problem) as server:
+        async with Server(config, dispatcher(models), lambda: models.problem, keys, tls) as server:
             yield Running(server, models)
     finally:
         await models.close()

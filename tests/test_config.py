@@ -10,6 +10,15 @@ from wsserver.config import COMMANDS, Config, Size, parse
 OPTIONS: dict[str, tuple[str, object]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
+    "api_keys_file": ("pyproject.toml", "pyproject.toml"),
+    "auth_timeout": ("2.5", 2.5),
+    "max_auth_failures": ("3", 3),
+    "insecure": ("on", True),
+    "open_http": ("on", True),
+    "allow_origin": ("https://a.b, null", ("https://a.b", "null")),
+    "allow_host": ("a.b, [::2]:80", ("a.b", "[::2]:80")),
+    "tls_cert": ("pyproject.toml", "pyproject.toml"),
+    "tls_key": ("pyproject.toml", "pyproject.toml"),
     "model": ("wsserver/echo", "wsserver/echo"),
     "models": ("tests", Path("tests")),
     "device": ("cuda:1", "cuda:1"),
@@ -42,6 +51,27 @@ BAD = [
     ("port", "1.5"),
     ("port", "-1"),
     ("port", "65536"),
+    ("api_keys_file", ""),
+    ("api_keys_file", "/no/such/file"),
+    ("api_keys_file", "tests"),
+    ("auth_timeout", "0"),
+    ("auth_timeout", "never"),
+    ("max_auth_failures", "0"),
+    ("insecure", "true"),
+    ("insecure", ""),
+    ("open_http", "yes"),
+    ("allow_origin", "*"),
+    ("allow_origin", "https://*.example.com"),
+    ("allow_origin", "https://example.com/"),
+    ("allow_origin", "example.com"),
+    ("allow_origin", "https://a.b, c"),
+    ("allow_host", "*"),
+    ("allow_host", "https://example.com"),
+    ("allow_host", "example.com:"),
+    ("allow_host", "::1"),
+    ("tls_cert", ""),
+    ("tls_cert", "/no/such/file"),
+    ("tls_key", "/no/such/file"),
     ("models", ""),
     ("models", "/no/such/folder"),
     ("models", "pyproject.toml"),
@@ -100,7 +130,8 @@ def variable(name: str) -> str:
 
 
 def written(default: object) -> str:
-    return {None: "auto", (): "none", False: "off"}.get(default, str(default))  # type: ignore[call-overload, no-any-return]
+    words = {None: "auto", (): "none", "": "none", False: "off"}
+    return words.get(default, str(default))  # type: ignore[call-overload, no-any-return]
 
 
 def refused(arguments: Sequence[str], environment: Mapping[str, str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -120,6 +151,15 @@ def test_without_arguments_the_defaults_are_served() -> None:
     expected = Config(
         host="127.0.0.1",
         port=41443,
+        api_keys_file="",
+        auth_timeout=10.0,
+        max_auth_failures=10,
+        insecure=False,
+        open_http=False,
+        allow_origin=(),
+        allow_host=(),
+        tls_cert="",
+        tls_key="",
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         models=None,
         device="auto",
@@ -210,7 +250,17 @@ def test_a_bad_value_is_refused_by_the_options_name_in_words_for_people(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["stop"], ["--prot", "1"], ["--port"], ["serve", "schema"], ["--max-active", "1", "2"]]
+    "arguments",
+    [
+        ["stop"],
+        ["--prot", "1"],
+        ["--port"],
+        ["serve", "schema"],
+        ["--max-active", "1", "2"],
+        # A secret does not belong there; nor is this the beginning of another option, which would take that file.
+        ["--api-key", "pyproject.toml"],
+        ["--api-key=sk-123456789012345678901234567890"],
+    ],
 )
 def test_what_is_no_command_or_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: wsserver" in refused(arguments, {}, capsys)

@@ -16,6 +16,7 @@ from tests.torture.proxy import Proxy
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NODE = shutil.which("node")
+PROXIED = ("127.0.0.1",)  # at any port: a client names the one that it connects to, and that is the proxy's
 
 # What a page is to the script of the browser's example.
 PAGE = """
@@ -59,7 +60,7 @@ async def printed_by(*command: str) -> str:
 
 
 async def test_the_python_example_takes_its_answer_up_after_a_cut() -> None:
-    async with scripted() as (server, model), cut_in_the_middle(server, model) as url:
+    async with scripted(allow_host=PROXIED) as (server, model), cut_in_the_middle(server, model) as url:
         printed = await printed_by(sys.executable, str(EXAMPLES / "stream_and_stop.py"), url)
         assert printed == "Once upon a time\n[stop after 17 tokens]\n"
 
@@ -69,7 +70,7 @@ async def test_the_browser_example_takes_its_answer_up_after_a_cut(tmp_path: Pat
     page = (EXAMPLES / "stream_and_stop.html").read_text()
     found = re.search(r'<script type="module">\n(.*?)</script>', page, re.DOTALL)
     assert found
-    async with scripted() as (server, model), cut_in_the_middle(server, model) as url:
+    async with scripted(allow_host=PROXIED) as (server, model), cut_in_the_middle(server, model) as url:
         script = tmp_path / "page.mjs"
         script.write_text(PAGE + found[1].replace("ws://127.0.0.1:41443/ws", url) + WHEN_OPEN)
         assert NODE

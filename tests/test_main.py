@@ -325,8 +325,8 @@ class Serving:
                 serving.models = self
 
         class Watched(Server):
-            def __init__(self, *args: object) -> None:
-                super().__init__(*args)  # type: ignore[arg-type]
+            def __init__(self, *args: object, **more: object) -> None:
+                super().__init__(*args, **more)  # type: ignore[arg-type]
                 serving.servers.append(self)
 
         monkeypatch.setattr(main_module, "ModelService", Models)

@@ -11,7 +11,7 @@ from wsserver import __version__
 
 async def get(server: Running, path: str, headers: str = "") -> tuple[int, str]:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost:{server.server.port}\r\n{headers}\r\n".encode())
     answer = (await reader.read()).decode()
     writer.close()
     await writer.wait_closed()

@@ -8,6 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 
 from wsserver.protocol import (
     Cancel,
+    ClientMessage,
     ConnectionInfo,
     Detached,
     Done,
@@ -28,12 +29,13 @@ from wsserver.protocol import (
     ServerInfo,
     ServerMessage,
     Started,
+    Status,
     StatusReport,
     Timings,
     Token,
     Usage,
 )
-from wsserver.session import IllegalFrame, ServerState, Session, TooManyBadMessages
+from wsserver.session import IllegalFrame, ServerState, Session, TooManyBadMessages, WrongKey
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
 
@@ -95,6 +97,60 @@ def session() -> Session:
 
 def resume(id: str) -> Resume:
     return Resume(id=id, resume_token="t")
+
+
+def stranger() -> Session:
+    return Session("s", ServerState(started_at=0.0, max_active=2, needs_key=True))
+
+
+def whose(key: str) -> str | None:
+    return {"right": "alice"}.get(key)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Init(id="i"), Init(id="i", model="a/b"), Generate(id="i", prompt="x"), Cancel(id="i"), Cancel(), resume("i"), Status()],
+)
+def test_a_stranger_s_words_are_refused_and_count_as_bad_until_it_says_who_it_is(message: ClientMessage) -> None:
+    session = stranger()
+    for _ in range(session.max_bad_messages):
+        with pytest.raises(Refusal) as refused:
+            session.authenticate(message, whose)
+        assert not isinstance(refused.value, WrongKey)
+        answer = session.answer(refused.value)
+        assert type(answer) is (Done if isinstance(message, Generate) else Error)
+        assert answer.id == getattr(message, "id", None)
+        assert (answer.error if isinstance(answer, Done) else answer).code == "unauthenticated"  # type: ignore[union-attr]
+    assert not session.authenticated
+    session.authenticate(Init(token="right"), whose)
+    assert (session.authenticated, session.key) == (True, "alice")
+    session.authenticate(message, whose)
+
+
+def test_a_stranger_who_says_too_much_is_to_be_closed() -> None:
+    session, refusal = stranger(), Refusal("unauthenticated", "")
+    for _ in range(session.max_bad_messages):
+        session.answer(refusal)
+    with pytest.raises(TooManyBadMessages):
+        session.answer(refusal)
+
+
+@pytest.mark.parametrize("token", ["wrong", ""])
+def test_a_wrong_key_is_told_from_none(token: str) -> None:
+    session = stranger()
+    with pytest.raises(WrongKey) as refused:
+        session.authenticate(Init(id="i", token=token), whose)
+    assert session.answer(refused.value) == Error(code="unauthenticated", message=refused.value.message, id="i")
+    assert not session.authenticated
+
+
+def test_who_is_known_already_or_need_not_be_is_not_asked(session: Session) -> None:
+    known = stranger()
+    known.key = "bob"
+    for each in (session, known):
+        each.authenticate(Init(token="wrong"), whose)
+        each.authenticate(Status(), whose)
+    assert (session.key, known.key) == (None, "bob")
 
 
 def opened(session: Session, message: Init | Generate | Resume, *frames: type[ServerMessage]) -> str:

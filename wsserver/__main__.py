@@ -4,9 +4,11 @@ import asyncio
 import logging
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,8 +22,11 @@ from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import Description, ModelSpec, Waiter
 from LLM.model_service import Keeping, ModelService
 from LLM.model_table import table
-from wsserver import protocol
-from wsserver.config import Config, parse
+from wsserver import key_command, protocol, tls
+from wsserver.auth import Keys
+from wsserver.config import BadSetting, Config, parse
+from wsserver.door import see_to_keys
+from wsserver.keys_file import read_keys
 from wsserver.server import Server
 
 try:
@@ -36,6 +41,9 @@ def main() -> None:
     """Run the command line."""
     if sys.argv[1:2] == ["fetch"]:
         _become_fetch(sys.argv[2:])
+    if sys.argv[1:2] == ["key"]:
+        key_command.run(sys.argv[2:])
+        return
     # Whatever the libraries would like to ask a hub for: a client's word never starts a download.
     os.environ["HF_HUB_OFFLINE"] = "1"
     command, config = parse(sys.argv[1:])
@@ -56,6 +64,8 @@ def run_server(config: Config) -> None:
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             hangs = runner.run(serve(config))
+    except BadSetting as error:
+        sys.exit(f"wsserver: {error}")
     except OSError as error:
         sys.exit(f"wsserver: {error}; choose another address with --host and --port")
     if hangs:
@@ -80,23 +90,28 @@ async def serve(config: Config) -> bool:
     """Serve until SIGTERM or SIGINT, then drain; say whether a thread of a model hangs and was left behind.
 
     Raises:
+        BadSetting: there are no keys where there must be some, or a file of them or of a certificate cannot be used.
         Refused: the default model is not there, or cannot be loaded.
         OSError: the address cannot be listened on.
     """
+    keys, certified, reads = _secured(config)
     keeping, root = Keeping(config.memory, config.keep_alive), config.models or MODELS_ROOT
     models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping)
     asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
-        server = await closing.enter_async_context(Server(config, dispatcher(models), lambda: models.problem))
+        server = Server(config, dispatcher(models), lambda: models.problem, keys, certified)
+        await closing.enter_async_context(server)
         stopping = _stop_on_signal()
+        if reads:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_anew, reads)
         # Clients may come while models load: they wait in line for them, and can cancel.
         load = asyncio.create_task(_load(models, asked))
         stopped = asyncio.create_task(stopping.wait())
         await asyncio.wait([load, stopped], return_when=asyncio.FIRST_COMPLETED)
         if load.done():
-            _say(f"serving {', '.join(map(_in_words, load.result()))} at {_url(config.host, server.port)}")
-            _say(_how_to_try(config.host, server.port))
+            _say(f"serving {', '.join(map(_in_words, load.result()))} at {_url(config, server.port)}")
+            _say(_how_to_try(config, server.port, keys.required))
             await stopped
         load.cancel()
         _say("stopping: running generations may finish")
@@ -148,6 +163,30 @@ def _stop_on_signal() -> asyncio.Event:
     return stopping
 
 
+def _secured(config: Config) -> tuple[Keys, ssl.SSLContext | None, dict[str, Callable[[], None]]]:
+    """Give the keys that are let in, what makes TLS, and by name what reads the files of either anew."""
+    # What this process starts gets its environment, and is not to have the key in it.
+    read = partial(read_keys, config.api_keys_file, os.environ.pop("WSSERVER_API_KEY", None))
+    keys, certified = Keys(read()), tls.server_context(config.tls_cert, config.tls_key)
+    see_to_keys(config, keys)
+    reads: dict[str, Callable[[], None]] = {}
+    if config.api_keys_file:
+        reads["file of keys"] = lambda: keys.replace(read())
+    if certified:
+        reads["certificate"] = partial(tls.load, certified, config.tls_cert, config.tls_key)
+    return keys, certified, reads
+
+
+def _read_anew(reads: Mapping[str, Callable[[], None]]) -> None:
+    """Read files anew, for the connections to come; what cannot be read stays as it was."""
+    for what, read in reads.items():
+        try:
+            read()
+            log.info("SIGHUP: the %s was read anew", what)
+        except BadSetting as error:
+            log.error("SIGHUP: the %s stays as it was: %s", what, error)
+
+
 def _become_fetch(arguments: list[str]) -> NoReturn:
     """Run the download in this process's place: one that serves never has that code in it."""
     # The LLM package beside this one, not a folder of that name wherever it was started.
@@ -156,14 +195,17 @@ def _become_fetch(arguments: list[str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, "-P", "-m", "LLM.fetch", *arguments], environment)
 
 
-def _url(host: str, port: int) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"ws://{shown}:{port}/ws"
+def _url(config: Config, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+        config.host, f"[{config.host}]" if ":" in config.host else config.host
+    )
+    return f"{'wss' if config.tls_cert else 'ws'}://{shown}:{port}/ws"
 
 
-def _how_to_try(host: str, port: int) -> str:
+def _how_to_try(config: Config, port: int, with_key: bool) -> str:
     message = '{"type":"generate","prompt":"The capital of France is","max_tokens":32}'
-    return f"try:  echo '{message}' | websocat -n {_url(host, port)}"
+    key = " -H='Authorization: Bearer KEY'" if with_key else ""
+    return f"try:  echo '{message}' | websocat -n{key} {_url(config, port)}"
 
 
 def _say(line: str) -> None:

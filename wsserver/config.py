@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from wsserver import protocol
+from wsserver import origin, protocol
 
 # What can be asked for; what each of them does is said in __main__.py.
 COMMANDS = {
@@ -23,10 +23,19 @@ and so on; the command line wins. Models are folders <vendor>/<model>/ in the mo
 folder, in the usual Hugging Face layout, named by <vendor>/<model>; "wsserver models"
 lists them, and "wsserver fetch <vendor>/<model>" downloads one: its --help tells more. The
 messages are described in protocol.md; "wsserver schema" prints their JSON Schema.
+
+Once there is a key, who comes without one is refused. "wsserver key add NAME" makes one and
+puts it into the file of --api-keys-file; one more may be in WSSERVER_API_KEY, and in no
+option, because everybody on a machine can read its command lines. On SIGHUP the files of keys
+and certificates are read anew.
 """
 
 # How a default is written that is no word or number.
-IN_WORDS: dict[Any, str] = {None: "auto", (): "none", False: "off"}
+IN_WORDS: dict[Any, str] = {None: "auto", (): "none", "": "none", False: "off"}
+
+
+class BadSetting(Exception):
+    """A setting that nothing can be done with; the words name the option, and say why or what to do."""
 
 
 class Size(int):
@@ -43,6 +52,15 @@ class Config:
 
     host: str = "127.0.0.1"
     port: int = 41443
+    api_keys_file: str = ""
+    auth_timeout: float = 10.0
+    max_auth_failures: int = 10
+    insecure: bool = False
+    open_http: bool = False
+    allow_origin: tuple[str, ...] = ()
+    allow_host: tuple[str, ...] = ()
+    tls_cert: str = ""
+    tls_key: str = ""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     models: Path | None = None
     device: str = "auto"
@@ -84,6 +102,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --api-key would be --api-keys-file, and its value be told as a file's name
     )
     parser.add_argument(
         "command",
@@ -96,13 +115,51 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 
     def option(name: str, help: str, **details: Any) -> None:
         key = name.replace("-", "_")
+        shown = str(IN_WORDS.get(defaults[key], defaults[key]))
         # argparse runs a string default through `type`, so a bad value in the environment is refused like a bad option.
-        default = environment.get(f"WSSERVER_{key.upper()}", defaults[key])
-        shown = IN_WORDS.get(defaults[key], defaults[key])
+        default = environment.get(f"WSSERVER_{key.upper()}", shown)
         parser.add_argument(f"--{name}", default=default, help=f"{help} (default: {shown})", **details)
 
     option("host", "address to listen on", metavar="ADDRESS")
     option("port", "port to listen on, 0 for any free one", type=_port, metavar="N")
+    option("api-keys-file", "file of the keys that are let in, which `wsserver key` writes", type=_file, metavar="FILE")
+    option(
+        "auth-timeout", "seconds in which a client that connected without its key has to send it", type=_span, metavar="S"
+    )
+    option(
+        "max-auth-failures",
+        "wrong keys from one address in a minute, after which it is refused for a minute",
+        type=_positive,
+        metavar="N",
+    )
+    option(
+        "insecure",
+        "whether the server may listen on an address that others reach though it has no keys: on, off",
+        type=_switch,
+        metavar="ON",
+    )
+    option(
+        "open-http",
+        "whether plain HTTP needs no key where WebSockets do: on, off; /healthz and /readyz never need one",
+        type=_switch,
+        metavar="ON",
+    )
+    option(
+        "allow-origin",
+        "origins whose pages may connect beside the server's own, with commas between them, like https://chat.example.com; "
+        "null is that of a page opened as a file, and of any page that hides its own",
+        type=_origins,
+        metavar="ORIGINS",
+    )
+    option(
+        "allow-host",
+        "names, with a port or for any, under which the server is known beside localhost, with commas between them; "
+        "all are let in where it listens on no loopback address and nothing is said here",
+        type=_hosts,
+        metavar="HOSTS",
+    )
+    option("tls-cert", "file of the certificates for TLS, the server's own first", type=_file, metavar="FILE")
+    option("tls-key", "file of the key of the first of them", type=_file, metavar="FILE")
     option("model", "model of a connection that asks for none", metavar="VENDOR/MODEL")
     option(
         "models",
@@ -246,6 +303,28 @@ def _folder(text: str) -> Path | None:
 
 def _names(text: str) -> tuple[str, ...]:
     return () if text == "none" else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _file(text: str) -> str:
+    if text == "none":
+        return ""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    return text
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    for name in _names(text):
+        if origin.normal_origin(name) is None:
+            raise argparse.ArgumentTypeError(f"{name!r} is no origin; use one like https://chat.example.com, or null")
+    return _names(text)
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    for name in _names(text):
+        if not origin.is_host(name):
+            raise argparse.ArgumentTypeError(f"{name!r} is no host; use one like chat.example.com or localhost:8080")
+    return _names(text)
 
 
 def _stretch(text: str) -> float:

@@ -17,7 +17,7 @@ from wsserver.outbox import Outbox, OutboxFull
 from wsserver.peer import Peer
 from wsserver.protocol import ClientMessage, CloseCode, Goaway, Refusal, ServerMessage
 from wsserver.resumables import Resumables
-from wsserver.session import Session, TooManyBadMessages
+from wsserver.session import Session, TooManyBadMessages, WrongKey
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,21 @@ MAX_REPLAY_BYTES = 65_536
 
 # What handles one client message: it decides and spawns, and never waits.
 Dispatch = Callable[[ClientMessage, Peer], None]
+# What gives the name of a key's owner, None if the key is wrong.
+Whose = Callable[[str], str | None]
 
 
 class Connection:
     """One client's socket; the link of its peer."""
 
     def __init__(
-        self, socket: ServerConnection, session: Session, outbox: Outbox, resumables: Resumables, dispatch: Dispatch
+        self,
+        socket: ServerConnection,
+        session: Session,
+        outbox: Outbox,
+        resumables: Resumables,
+        dispatch: Dispatch,
+        whose: Whose,
     ) -> None:
         self.peer = Peer(session, self, resumables)
         self._socket = socket
@@ -46,6 +54,7 @@ class Connection:
         self.replay_bytes = min(outbox.max_bytes // 4, MAX_REPLAY_BYTES)
         self._outbox = outbox
         self._dispatch = dispatch
+        self._whose = whose
         self._writer: asyncio.Task[None]
         self._closer: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
@@ -55,9 +64,11 @@ class Connection:
     async def run(self) -> None:
         """Serve the client until either side closes; what it still has running is cancelled then, or kept to be resumed."""
         self._writer = asyncio.create_task(self._write())
+        late = asyncio.get_running_loop().call_later(self.peer.session.server.auth_timeout, self._see_to_key)
         try:
             await self._read()
         finally:
+            late.cancel()
             self._writer.cancel()
             self.peer.leave()
             await self.peer.left()
@@ -145,12 +156,19 @@ class Connection:
         try:
             try:
                 message = protocol.decode(text)
+                session.authenticate(message, self._whose)
                 session.understood()
                 self._dispatch(message, self.peer)
             except Refusal as refusal:
                 self.push(session.answer(refusal))
+                if isinstance(refusal, WrongKey):
+                    self.close(CloseCode.NOT_AUTHENTICATED, "the key is wrong")
         except TooManyBadMessages:
             self.close(CloseCode.TOO_MANY_BAD_MESSAGES, "too many bad messages")
+
+    def _see_to_key(self) -> None:
+        if not self.peer.session.authenticated:
+            self.close(CloseCode.AUTHENTICATION_TIMEOUT, "no key came in time")
 
     # The writer.
 

@@ -12,6 +12,8 @@ from msgspec import Meta, Struct
 
 VERSION = 1
 SUBPROTOCOL = "llmstream.v1"
+# What is offered beside it where a key can be shown in no header: this, and the key.
+BEARER_SUBPROTOCOL = "llmstream.bearer."
 MAX_MESSAGE_BYTES = 262_144
 
 ErrorCode = Literal[

@@ -5,8 +5,10 @@ import contextlib
 import http
 import logging
 import secrets
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -17,8 +19,10 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from wsserver import __version__, tcp
+from wsserver.auth import Keys
 from wsserver.config import Config
 from wsserver.connection import CLOSE_TIMEOUT, Connection, Dispatch
+from wsserver.door import Denied, Door
 from wsserver.liveness import Liveness, ping_interval
 from wsserver.outbox import Outbox
 from wsserver.protocol import MAX_MESSAGE_BYTES, SUBPROTOCOL, CloseCode
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 WRITE_LIMIT = 2_048  # how much may lie in this process behind the outbox
 UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for its own unread answers
 LOOKS = 30  # how often a connection is looked at in the time after which it counts as stalled
+WS_PATH = "/ws"
 ECHO_PATH = "/echo"  # for tests of the protocol under ours, and only where the operator has asked for it
 # Where the system does not tell what a peer takes, a pong must come within so many seconds.
 PONG_WITHIN = 20.0
@@ -45,13 +50,29 @@ INDEX = (
 class Server:
     """The listening server, an async context manager; leaving it closes what is left without further notice."""
 
-    def __init__(self, config: Config, dispatch: Dispatch, problem: Callable[[], str | None] = lambda: None) -> None:
-        self.state = ServerState(time.monotonic(), config.max_active, config.request_timeout)
+    def __init__(
+        self,
+        config: Config,
+        dispatch: Dispatch,
+        problem: Callable[[], str | None] = lambda: None,
+        keys: Keys | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        keys = keys or Keys({})
+        self.state = ServerState(
+            time.monotonic(),
+            config.max_active,
+            config.request_timeout,
+            needs_key=keys.required,
+            auth_timeout=config.auth_timeout,
+        )
         self.resumables = Resumables(config.resume_window, config.max_resume_bytes, config.max_detached_tokens)
         self._config = config
         self._dispatch = dispatch
         # What keeps it from serving, in words; None if nothing does.
         self._problem = problem
+        self._door = Door(config, keys)
+        self.tls = tls
         self._connections: dict[Connection, Liveness] = {}
         self._listener: WebSocketServer
         self._next_look: asyncio.TimerHandle
@@ -62,7 +83,8 @@ class Server:
             self._accept,
             self._config.host,
             self._config.port,
-            process_request=self._answer_get,
+            ssl=self.tls,
+            process_request=self._answer,
             select_subprotocol=_select_subprotocol,
             compression=None,
             max_size=MAX_MESSAGE_BYTES,
@@ -126,15 +148,16 @@ class Server:
         if _path(client.request) == ECHO_PATH:
             await _echo(client)
             return
-        session = Session(id=secrets.token_urlsafe(9), server=self.state)
+        session = Session(id=secrets.token_urlsafe(9), server=self.state, key=client.username or None)
         outbox = Outbox(self._config.max_outbox_bytes)
-        connection = Connection(client, session, outbox, self.resumables, self._dispatch)
+        whose = partial(self._door.whose, _address(client))
+        connection = Connection(client, session, outbox, self.resumables, self._dispatch, whose)
         # A look may come late by the time between two, when the peer's last sign of life was and when it is judged.
         patience = self._config.stall_timeout * (1 - 2 / LOOKS)
         self._connections[connection] = Liveness(time.monotonic(), patience)
         if self.state.draining:
             connection.go_away(self._time_to_finish)
-        log.debug("session %s: opened", session.id)
+        log.debug("session %s: opened from %s, key %s", session.id, _address(client), session.key)
         try:
             await connection.run()
         finally:
@@ -149,26 +172,35 @@ class Server:
                 connection.look(liveness, now)
         self._next_look = asyncio.get_running_loop().call_later(self._config.stall_timeout / LOOKS, self._look)
 
-    def _answer_get(self, client: ServerConnection, request: Request) -> Response | None:
-        match _path(request):
-            case "/ws":
-                return None  # the handshake goes on, or the library answers 426
-            case path if path == ECHO_PATH and self._config.echo_path:
-                return None
+    def _answer(self, client: ServerConnection, request: Request) -> Response | None:
+        """Answer a plain GET, or a handshake that is refused; None where a handshake goes on."""
+        match path := _path(request):
             case "/healthz":
                 return client.respond(http.HTTPStatus.OK, "ok\n")
             case "/readyz":
                 problem = "the server is stopping" if self.state.draining else self._problem()
                 status = http.HTTPStatus.SERVICE_UNAVAILABLE if problem else http.HTTPStatus.OK
                 return client.respond(status, f"{problem or 'ready'}\n")
-            case "/":
-                return client.respond(http.HTTPStatus.OK, INDEX)
-            case _:
-                return client.respond(http.HTTPStatus.NOT_FOUND, INDEX)
+        # Who comes to /ws without a key may send it in an init.
+        keyless = path == WS_PATH or (self._config.open_http and path != ECHO_PATH)
+        try:
+            client.username = self._door.admit(request.headers, _address(client), client.local_address[1], keyless) or ""
+        except Denied as denied:
+            response = client.respond(denied.status, f"{denied.reason}\n")
+            response.headers.update(denied.headers)
+            return response
+        if path == WS_PATH or (path == ECHO_PATH and self._config.echo_path):
+            return None  # without a handshake the library answers 426
+        return client.respond(http.HTTPStatus.OK if path == "/" else http.HTTPStatus.NOT_FOUND, INDEX)
 
 
 def _path(request: Request | None) -> str:
     return request.path.partition("?")[0] if request else ""
+
+
+def _address(client: ServerConnection) -> str:
+    peer = client.remote_address
+    return str(peer[0]) if peer else "somebody who has gone"
 
 
 async def _echo(client: ServerConnection) -> None:

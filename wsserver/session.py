@@ -5,6 +5,7 @@ Pure: no sockets, timers, tasks or engine; whoever calls brings the time. Two ga
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 
 from wsserver.protocol import (
     Cancel,
+    ClientMessage,
     ConnectionInfo,
     Detached,
     Done,
@@ -66,6 +68,8 @@ TRANSITIONS: dict[tuple[Phase, type[ServerMessage]], Phase | None] = {
 # How far an id has come that a message has just opened.
 OPENING = {Init: Phase.LOADING, Generate: Phase.ACCEPTED, Resume: Phase.RESUMING}
 
+KEY_FIRST = "this server asks for a key; send init with a token, or show the key when you connect"
+WRONG_KEY = "$.token: this key is wrong; ask the operator for one"
 SHUTTING_DOWN = "this server is stopping; connect again in a moment"
 
 StopReason = Literal["cancelled", "shutdown"]
@@ -77,6 +81,10 @@ class IllegalFrame(Exception):
 
 class TooManyBadMessages(Exception):
     """The client sends nothing but nonsense; its connection is to be closed with 4400."""
+
+
+class WrongKey(Refusal):
+    """The client has shown a wrong key; after the answer its connection is to be closed with 4401."""
 
 
 @dataclass(slots=True)
@@ -96,6 +104,8 @@ class ServerState:
     max_active: int
     request_timeout: float = 600.0  # seconds from reading a generate to its end
     draining: bool = False
+    needs_key: bool = False
+    auth_timeout: float = 10.0  # seconds in which a client that needs a key has to show it
 
 
 @dataclass(slots=True)
@@ -104,6 +114,7 @@ class Session:
 
     id: str
     server: ServerState
+    key: str | None = None  # the name of the client's key
     max_open: int = 256
     max_bad_messages: int = 32
     # The inits, oldest first, that may yet say which model the next generate uses: the last one that led to a loaded model
@@ -114,6 +125,27 @@ class Session:
     _bad_messages: int = 0
 
     # The client's side.
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether the client may say anything, and not only who it is."""
+        return self.key is not None or not self.server.needs_key
+
+    def authenticate(self, message: ClientMessage, whose: Callable[[str], str | None]) -> None:
+        """Let in a message of a client that is known, or by which it becomes so; `whose` gives the name of a key's owner.
+
+        Raises:
+            Refusal: `unauthenticated`, and then nothing about the message is looked at.
+            WrongKey: the same, where there was a key.
+        """
+        if self.authenticated:
+            return
+        id: str | None = getattr(message, "id", None)
+        if not isinstance(message, Init) or message.token is None:
+            raise Refusal("unauthenticated", KEY_FIRST, id, isinstance(message, Generate))
+        self.key = whose(message.token)
+        if self.key is None:
+            raise WrongKey("unauthenticated", WRONG_KEY, id)
 
     def understood(self) -> None:
         """Count a message that could be decoded: the bad ones before it are forgiven."""
@@ -162,7 +194,7 @@ class Session:
         Raises:
             TooManyBadMessages: instead of the answer to one bad message too many, none of them good between.
         """
-        if refusal.code in ("bad_json", "bad_message", "unknown_type"):
+        if refusal.code in ("bad_json", "bad_message", "unknown_type", "unauthenticated"):
             self._bad_messages += 1
             if self._bad_messages > self.max_bad_messages:
                 raise TooManyBadMessages

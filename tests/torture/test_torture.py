@@ -45,7 +45,8 @@ class Held:
 @contextlib.asynccontextmanager
 async def serving(tmp_path: Path) -> AsyncIterator[Process]:
     """Run a server whose model takes its time."""
-    options = ("--model", ECHO, "--port", "0", "--max-active", "8", "--log-level", "warning")
+    # A client names the port that it connects to, and that is the proxy's.
+    options = ("--model", ECHO, "--port", "0", "--max-active", "8", "--log-level", "warning", "--allow-host", "127.0.0.1")
     async with process(tmp_path, sys.executable, "-m", "bench.sides.paced_echo", PACE, *options) as running:
         assert "serving" in await running.says()
         yield running

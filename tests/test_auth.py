@@ -1,0 +1,461 @@
+"""Authentication at the socket: where a key may stand, what happens without one, and what a wrong one costs."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.conftest import Client, Running, eventually, running
+from tests.scripted import closing_code, scripted
+from tests.test_main import COMMAND, ON_ECHO, Process, failed, process
+from tests.test_server import get
+from tests.test_websocat import WEBSOCAT
+from wsserver import __main__ as main_module
+from wsserver import keys_file
+from wsserver.auth import Keys, digest, new_key
+from wsserver.config import Config
+
+KEY = "sk-alice-9tZqX3vLw5YcR7uB2nM8eK4hJ6gF1dS0aP"
+WRONG = "sk-mallory-9tZqX3vLw5YcR7uB2nM8eK4hJ6gF1dS"
+BOB = "sk-bob-9tZqX3vLw5YcR7uB2nM8eK4hJ6gF1dS0aPq"
+UPGRADE = (
+    "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+def keys() -> Keys:
+    return Keys({"alice": digest(KEY), "bob": digest(BOB)})
+
+
+@pytest.fixture
+async def locked() -> AsyncIterator[Running]:
+    async with running(keys=keys(), max_auth_failures=1000) as server:
+        yield server
+
+
+def bearer(key: str) -> dict[str, Any]:
+    return {"additional_headers": {"Authorization": f"Bearer {key}"}}
+
+
+def offering(*names: str) -> dict[str, Any]:
+    return {"subprotocols": list(names)}
+
+
+def names(server: Running) -> list[str | None]:
+    return [connection.peer.session.key for connection in server.server._connections]
+
+
+async def said(client: Client) -> dict[str, Any]:
+    """Give the next frame; what a stranger is answered breaks no rule of the checker's, which knows of no strangers."""
+    async with asyncio.timeout(10):
+        frame: dict[str, Any] = json.loads(await client.socket.recv(decode=True))
+    return frame
+
+
+async def code_of(client: Client) -> int:
+    """Read on to the end of the connection, whatever comes; give the code it was closed with."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await said(client)
+    assert client.socket.close_code
+    return client.socket.close_code
+
+
+# Where a key may stand.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        bearer(KEY),
+        {"additional_headers": {"authorization": f"bearer   {KEY}"}},
+        offering("llmstream.v1", f"llmstream.bearer.{KEY}"),
+        offering(f"llmstream.bearer.{KEY}", "llmstream.v1"),
+        bearer(KEY) | offering("llmstream.v1", f"llmstream.bearer.{KEY}"),
+        {"additional_headers": [("Authorization", "Basic YTpi"), ("Authorization", f"Bearer {KEY}")]},
+    ],
+    ids=["header", "small letters", "subprotocol", "subprotocol first", "both", "beside a proxy's"],
+)
+async def test_who_shows_a_key_in_the_handshake_is_known_from_the_beginning(locked: Running, options: dict[str, Any]):
+    async with locked.client(**options) as client:
+        # The key that was offered is no name of a protocol, and is never given back.
+        assert client.socket.subprotocol == ("llmstream.v1" if "subprotocols" in options else None)
+        assert KEY not in str(client.socket.response.headers)
+        assert (await client.generate(prompt="hello"))["joined"] == "hello"
+        assert names(locked) == ["alice"]
+
+
+async def test_a_key_alone_among_the_offers_is_taken_and_not_chosen(locked: Running):
+    async with locked.client(**offering(f"llmstream.bearer.{KEY}")) as client:
+        assert client.socket.subprotocol is None
+        assert (await client.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_who_can_set_neither_sends_the_key_in_an_init(locked: Running):
+    async with locked.client() as client:
+        await client.send(type="init", id="i", token=KEY)
+        await client.until("ready")
+        assert (await client.generate(prompt="hello"))["joined"] == "hello"
+        assert names(locked) == ["alice"]
+
+
+async def test_once_known_a_client_stays_who_it_is_whatever_an_init_says(locked: Running):
+    async with locked.client(**bearer(KEY)) as client:
+        for token in (BOB, WRONG, ""):
+            await client.send(type="init", id="i", token=token)
+            await client.until("ready")
+        assert names(locked) == ["alice"]
+
+
+async def test_without_keys_nobody_looks_at_any(echo: Running):
+    async with echo.client(**bearer(WRONG)) as client:
+        await client.send(type="init", id="i", token=WRONG)
+        await client.until("ready")
+        assert (await client.generate(prompt="hello"))["joined"] == "hello"
+        assert names(echo) == [None]
+
+
+# A wrong one.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        bearer(WRONG),
+        bearer(""),
+        bearer(KEY[:-1]),
+        bearer(KEY + "A"),
+        bearer(f"{KEY} {KEY}"),
+        offering("llmstream.v1", f"llmstream.bearer.{WRONG}"),
+        offering("llmstream.v1", "llmstream.bearer."),
+        # Two keys: nobody knows who that is.
+        bearer(KEY) | offering("llmstream.v1", f"llmstream.bearer.{WRONG}"),
+        bearer(KEY) | offering("llmstream.v1", f"llmstream.bearer.{BOB}"),
+        {"additional_headers": [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {WRONG}")]},
+    ],
+)
+async def test_a_wrong_key_in_the_handshake_is_refused_in_one_line(
+    locked: Running, caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+):
+    caplog.set_level("DEBUG", "wsserver")
+    with pytest.raises(InvalidStatus) as refused:
+        async with locked.client(**options):
+            pass
+    response = refused.value.response
+    assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert re.fullmatch(rb"[^\n]*key[^\n]*\n", response.body)
+    assert not re.search("sk-", caplog.text + response.body.decode())
+
+
+async def test_a_wrong_key_in_an_init_is_answered_and_ends_the_connection(locked: Running, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("DEBUG", "wsserver")
+    async with locked.client() as client:
+        await client.send(type="init", id="i", model="nobody/knows", token=WRONG)
+        error = await client.until("error")
+        assert (error["code"], error["id"]) == ("unauthenticated", "i")
+        assert WRONG not in error["message"]
+        assert await closing_code(client) == 4401
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["127.0.0.1: a wrong key"]
+    assert WRONG not in caplog.text
+
+
+async def test_what_follows_a_wrong_key_is_not_served(locked: Running):
+    async with locked.client() as client:
+        for message in ({"type": "init", "token": WRONG}, {"type": "init", "token": KEY}, {"type": "status"}):
+            await client.socket.send(json.dumps(message))
+        assert (await said(client))["code"] == "unauthenticated"
+        assert await code_of(client) == 4401
+
+
+async def test_a_list_of_subprotocols_that_is_none_is_refused_without_repeating_it(locked: Running):
+    offer = f"Sec-WebSocket-Protocol: llmstream.bearer.{KEY};;\r\n"
+    status, answer = await get(locked, "/ws", UPGRADE + offer)
+    assert status == 400
+    assert KEY not in answer
+
+
+# Without one.
+
+
+STRANGERS_WORDS = [
+    ({"type": "status"}, None),
+    ({"type": "cancel"}, None),
+    ({"type": "cancel", "id": "c"}, "c"),
+    ({"type": "init", "id": "i"}, "i"),
+    ({"type": "init", "id": "i", "model": "nobody/knows"}, "i"),
+    ({"type": "init", "id": "i", "token": None}, "i"),
+    ({"type": "resume", "id": "r", "resume_token": "x"}, "r"),
+]
+
+
+@pytest.mark.parametrize(("message", "id"), STRANGERS_WORDS)
+async def test_a_stranger_may_say_nothing_but_who_it_is_and_may_say_it_then(
+    locked: Running, message: dict[str, Any], id: str | None
+):
+    async with locked.client() as client:
+        await client.socket.send(json.dumps(message))
+        error = await said(client)
+        assert (error["type"], error["code"], error.get("id")) == ("error", "unauthenticated", id)
+        await client.send(type="init", id="mine", token=KEY)
+        assert (await client.until("ready"))["id"] == "mine"
+        assert (await client.settle())["connection"]["active"] == []
+
+
+async def test_a_stranger_s_generate_gets_its_one_done_and_no_step_is_made_for_it():
+    async with scripted(keys=keys()) as (server, model), server.client() as client:
+        await client.send(type="generate", id="g", prompt="hello")
+        done = await client.until("done")
+        assert (done["id"], done["error"]["code"]) == ("g", "unauthenticated")
+        await client.send(type="generate", prompt="hello")
+        assert (await client.until("done"))["error"]["code"] == "unauthenticated"
+        assert not model.steps
+        model.open()
+        await client.send(type="init", token=KEY)
+        assert (await client.generate(id="g", prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_stranger_who_goes_on_talking_is_closed(locked: Running):
+    async with locked.client() as client:
+        for _ in range(33):
+            await client.socket.send('{"type":"status"}')
+        for _ in range(32):
+            assert (await said(client))["code"] == "unauthenticated"
+        assert await code_of(client) == 4400
+
+
+async def test_who_shows_no_key_in_time_is_closed_and_who_does_is_not():
+    async with running(keys=keys(), auth_timeout=0.2) as server, server.client(**bearer(KEY)) as known:
+        async with server.client() as late, server.client() as early:
+            await early.send(type="init", id="i", token=KEY)
+            await early.until("ready")
+            assert await closing_code(late) == 4408
+            assert (await early.generate(prompt="hello"))["joined"] == "hello"
+        assert (await known.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_talking_does_not_put_off_the_end_of_the_time():
+    async with running(keys=keys(), auth_timeout=0.2) as server, server.client() as client:
+        await client.socket.ping()
+        await client.socket.send('{"type":"status"}')
+        assert (await said(client))["code"] == "unauthenticated"
+        assert await code_of(client) == 4408
+
+
+async def test_nothing_waits_for_the_key_of_who_has_gone():
+    async with running(keys=keys(), auth_timeout=0.2) as server:
+        async with server.client():
+            await eventually(lambda: len(server.server._connections) == 1)
+            (gone,) = server.server._connections
+        async with server.client() as later:
+            assert await closing_code(later) == 4408
+        assert gone._closer is None
+
+
+# Plain HTTP.
+
+
+@pytest.mark.parametrize(
+    ("path", "without", "wrong", "right"),
+    [
+        ("/healthz", 200, 200, 200),
+        ("/readyz", 503, 503, 503),  # no model is loaded here
+        ("/", 401, 401, 200),
+        ("/nothing", 401, 401, 404),
+        ("/ws", 426, 401, 426),
+        ("/echo", 401, 401, 426),
+    ],
+)
+@pytest.mark.parametrize("open_http", [False, True])
+async def test_plain_http_asks_for_a_key_too_unless_told_otherwise(
+    path: str, without: int, wrong: int, right: int, open_http: bool
+):
+    async with running(keys=keys(), open_http=open_http, echo_path=True) as server:
+        opened = open_http and path not in ("/echo", "/ws")
+        assert (await get(server, path))[0] == (right if opened else without)
+        assert (await get(server, path, f"Authorization: Bearer {WRONG}\r\n"))[0] == wrong
+        assert (await get(server, path, f"Authorization: Bearer {KEY}\r\n"))[0] == right
+
+
+async def test_the_echo_path_has_no_init_and_asks_for_a_key_in_the_handshake():
+    async with running(keys=keys(), echo_path=True, open_http=True) as server:
+        url = server.url.replace("/ws", "/echo")
+        with pytest.raises(InvalidStatus, match="401"):
+            await connect(url)
+        async with connect(url, **bearer(KEY)) as socket:
+            await socket.send("hello")
+            assert await socket.recv() == "hello"
+
+
+# Too many wrong ones.
+
+
+async def test_an_address_that_sends_too_many_wrong_keys_is_refused_for_a_while_in_every_way(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async with running(keys=keys(), max_auth_failures=3) as server, server.client(**bearer(KEY)) as known:
+        now = 1000.0
+        monkeypatch.setattr(server.server._door, "_clock", lambda: now)
+        async with server.client() as stranger:
+            await stranger.send(type="init", token=WRONG)
+            assert await closing_code(stranger) == 4401
+        for options in (bearer(WRONG), offering(f"llmstream.bearer.{WRONG}")):
+            with pytest.raises(InvalidStatus, match="401"):
+                await connect(server.url, **options)
+        for options in (bearer(WRONG), bearer(KEY), {}):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(server.url, **options)
+            response = refused.value.response
+            assert (response.status_code, response.headers["Retry-After"]) == (429, "61")
+            assert response.body.count(b"\n") == 1
+        assert (await get(server, "/"))[0] == 429
+        assert (await get(server, "/healthz"))[0] == 200
+        # Who is in stays in.
+        assert (await known.generate(prompt="hello"))["joined"] == "hello"
+        now += 60
+        async with server.client(**bearer(KEY)) as client:
+            assert (await client.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_who_has_no_key_yet_costs_nobody_a_try():
+    async with running(keys=keys(), max_auth_failures=1) as server:
+        for _ in range(3):
+            async with server.client() as client:
+                await client.socket.send('{"type":"status"}')
+                assert (await said(client))["code"] == "unauthenticated"
+            assert (await get(server, "/"))[0] == 401
+        async with server.client(**bearer(KEY)):
+            pass
+
+
+# At the start.
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com", ""])
+async def test_without_keys_a_server_that_others_could_reach_does_not_start(tmp_path: Path, host: str):
+    code, stderr = await failed(tmp_path, *ON_ECHO, "--host", host)
+    assert code == 1
+    assert re.fullmatch(r"wsserver: --host: .*wsserver key add NAME.*WSSERVER_API_KEY.*--insecure on\n", stderr)
+
+
+async def test_a_file_without_keys_is_refused_wherever_the_server_listens(tmp_path: Path):
+    path = tmp_path / "keys"
+    path.write_text(keys_file.FIRST_LINE)
+    for more in ([], ["--insecure", "on"]):
+        code, stderr = await failed(tmp_path, *ON_ECHO, "--api-keys-file", str(path), *more)
+        assert code == 1
+        assert stderr == f"wsserver: --api-keys-file: {path} has no keys, so nobody could come in; " + (
+            "`wsserver key add NAME` makes one\n"
+        )
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path, *options: str, **environment: str) -> AsyncIterator[Process]:
+    async with process(tmp_path, *COMMAND, *ON_ECHO, *options, **environment) as running:
+        assert "serving" in await running.says()
+        await running.says()
+        yield running
+
+
+async def test_insecure_is_what_lets_it_start_all_the_same(tmp_path: Path):
+    async with (
+        serving(tmp_path, "--host", "0.0.0.0", "--insecure", "on") as server,
+        connect(server.url) as socket,
+    ):
+        assert (await Client(socket).generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_key_in_the_environment_opens_every_address_to_who_has_it_and_nobody_is_told(tmp_path: Path):
+    async with serving(tmp_path, "--host", "0.0.0.0", "--log-level", "debug", WSSERVER_API_KEY=KEY) as server:
+        # The line that says how to try it asks for the key, and does not have it.
+        assert "-H='Authorization: Bearer KEY' ws://" in server.said[1]
+        async with connect(server.url, **bearer(KEY)) as socket:
+            assert (await Client(socket).generate(prompt="hello"))["joined"] == "hello"
+        with pytest.raises(InvalidStatus, match="401"):
+            await connect(server.url, **bearer(WRONG))
+        server.signal()
+        assert await server.ends() == 0
+        assert not re.search("sk-", server.stderr + "".join(server.said))
+        assert "127.0.0.1: a wrong key" in server.stderr
+
+
+async def test_the_line_that_says_how_to_try_it_works_once_the_key_is_put_in(tmp_path: Path):
+    async with serving(tmp_path, WSSERVER_API_KEY=KEY) as server:
+        echo, websocat = server.said[1].removeprefix("try:  ").split(" | ")
+        words = shlex.split(websocat.replace("KEY", KEY))[1:]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        terminal = await asyncio.create_subprocess_exec(WEBSOCAT, *words, **pipes)  # type: ignore[arg-type]
+        try:
+            assert terminal.stdin
+            assert terminal.stdout
+            terminal.stdin.write(shlex.split(echo)[1].encode() + b"\n")
+            kinds = [json.loads(await terminal.stdout.readline())["type"]]
+            while kinds[-1] != "done":
+                kinds.append(json.loads(await terminal.stdout.readline())["type"])
+            assert "token" in kinds
+        finally:
+            terminal.kill()
+            await terminal.wait()
+
+
+def test_what_the_server_starts_does_not_get_the_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WSSERVER_API_KEY", KEY)
+    keys, certified, reads = main_module._secured(Config())
+    assert keys.whose(KEY) == "default"
+    assert "WSSERVER_API_KEY" not in os.environ
+    assert (certified, reads) == (None, {}), "there is nothing that SIGHUP could read anew, so it does what it always does"
+
+
+async def test_a_bad_key_in_the_environment_is_told_and_not_repeated(tmp_path: Path):
+    async with process(tmp_path, *COMMAND, *ON_ECHO, WSSERVER_API_KEY="hunter2") as running:
+        assert await running.ends() == 1
+        assert running.stderr.startswith("wsserver: WSSERVER_API_KEY: a key has 16 characters or more")
+        assert "hunter2" not in running.stderr
+
+
+async def test_on_sighup_the_file_is_read_anew_and_open_connections_stay(tmp_path: Path):
+    path = tmp_path / "keys"
+    alice, bob = keys_file.add(path, "alice"), keys_file.add(path, "bob")
+    environment = {"WSSERVER_API_KEY": KEY}
+    async with serving(tmp_path, "--api-keys-file", str(path), **environment) as server:
+        async with connect(server.url, **bearer(alice)) as socket, connect(server.url, **bearer(bob)) as other:
+            known = Client(socket)
+            keys_file.remove(path, "alice")
+            carol = keys_file.add(path, "carol")
+            with pytest.raises(InvalidStatus, match="401"):
+                await connect(server.url, **bearer(carol))
+            server.process.send_signal(signal.SIGHUP)
+            await eventually(lambda: "the file of keys was read anew" in server.stderr)
+            with pytest.raises(InvalidStatus, match="401"):
+                await connect(server.url, **bearer(alice))
+            for key in (bob, carol, KEY):
+                async with connect(server.url, **bearer(key)):
+                    pass
+            assert (await known.generate(prompt="hello"))["joined"] == "hello"
+            assert (await Client(other).generate(prompt="hello"))["joined"] == "hello"
+        # What cannot be read changes nothing; an empty file lets nobody in any more but the environment's key.
+        before = path.read_text()
+        path.write_text(before + new_key())
+        server.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: "the file of keys stays as it was: --api-keys-file" in server.stderr)
+        assert "sk-" not in server.stderr
+        async with connect(server.url, **bearer(bob)):
+            pass
+        path.write_text("")
+        server.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: server.stderr.count("was read anew") == 2)
+        with pytest.raises(InvalidStatus, match="401"):
+            await connect(server.url, **bearer(bob))
+        async with connect(server.url, **bearer(KEY)):
+            pass
