@@ -63,7 +63,7 @@ class Peer:
         """
         id = self.session.open(message)
         self._asked += 1
-        job = Job(id, self._asked, message, self, self._resumables)
+        job = Job(id, self._asked, message, self, self._resumables, self.session.account, self.session.key)
         self._take(job)
         job.start(serve)
 
@@ -73,7 +73,7 @@ class Peer:
         Raises:
             Refusal: there is no such job, it never was at that place, or the session does not let the message in.
         """
-        job = self._resumables.find(message)
+        job = self._resumables.find(message, self.session.key)
         if not job.reaches(message.after_seq):
             raise Refusal("bad_message", NEVER_THERE, message.id)
         self.session.open(message)
