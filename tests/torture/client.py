@@ -216,7 +216,8 @@ class TorturedClient:
     def _forget(self, old: Line) -> None:
         """Keep what a connection that is gone had said of ids that end with it."""
         for id, (asked, *_) in old.checker.open.items():
-            self.texts[id] = asked.text
+            if id not in self.dones:  # on another connection meanwhile
+                self.texts[id] = asked.text
 
     def _heard(self, line: Line, frame: dict[str, Any]) -> None:
         id = frame.get("id", "")

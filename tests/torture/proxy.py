@@ -171,7 +171,8 @@ async def _pass(seconds: float) -> None:
     """Let time pass: the one place where that is the point."""
     loop = asyncio.get_running_loop()
     passed = loop.create_future()
-    timer = loop.call_later(seconds, passed.set_result, None)
+    # A cancel may come in the very turn in which the time is over.
+    timer = loop.call_later(seconds, lambda: passed.done() or passed.set_result(None))
     try:
         await passed
     finally:
