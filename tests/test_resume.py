@@ -183,6 +183,7 @@ async def test_a_connection_that_is_lost_before_the_start_takes_the_generation_w
             await in_engine(server, 2)
             model.step_gate.let(1)
             await client.until("queued")
+        await in_engine(server, 1)
         model.open()
         await busy.done("busy")
         await eventually(lambda: not any(entry["active"] or entry["queued"] for entry in server.models.status()))
