@@ -17,7 +17,7 @@ from websockets.http11 import Request, Response
 
 from tests.conftest import Running, eventually
 from tests.scripted import ScriptedModel, in_engine, put, scripted
-from tests.torture.proxy import Link, Proxy
+from tests.torture.proxy import PROXIED, Link, Proxy
 from tests.web.node import NEEDS_NODE, NODE, WEB, node
 from wsserver.job import Job
 
@@ -39,7 +39,7 @@ async def stopping(server: Running) -> None:
 async def first_id(model: ScriptedModel) -> str:
     """Give the id of what takes part in the model's first step."""
     await model.in_step(1)
-    _, id = model.steps[0][0].sequence.request.key  # type: ignore[misc]
+    _, id, *_ = model.steps[0][0].sequence.request.key  # type: ignore[misc]
     return str(id)
 
 
@@ -244,7 +244,11 @@ async def test_an_answer_outlives_a_cut_and_every_change_is_told(tmp_path: Path)
         for await (const piece of answer) if ((text += piece).length === 5) say(text);
         say([text, answer.done.finish_reason, states]);
     """.replace("TEXT", TEXT)
-    async with scripted() as (server, model), line(server) as (proxy, url), node(tmp_path, url, script) as running:
+    async with (
+        scripted(allow_host=PROXIED) as (server, model),
+        line(server) as (proxy, url),
+        node(tmp_path, url, script) as running,
+    ):
         model.step_gate.let(5)
         assert await running.says() == TEXT[:5]
         (await last_link(proxy)).cut()
@@ -262,7 +266,7 @@ async def test_what_had_not_begun_is_asked_anew_and_by_the_same_model(tmp_path: 
         const answers = ["one", "two"].map((prompt) => chat.generate({ prompt }, { onFrame }));
         say([await answers[0].text(), await answers[1].text(), started]);
     """
-    async with scripted(max_active=1) as (server, _), line(server) as (proxy, url):
+    async with scripted(max_active=1, allow_host=PROXIED) as (server, _), line(server) as (proxy, url):
         model = put(server.models, "test/other")
         async with node(tmp_path, url, script) as running:
             await in_engine(server, 2)
@@ -288,7 +292,7 @@ async def test_an_answer_that_the_server_has_forgotten_is_thrown_and_what_came_o
         say(await chat.generate({ prompt: "again" }).text());
     """
     async with (
-        scripted(resume_window=0.05) as (server, model),
+        scripted(resume_window=0.05, allow_host=PROXIED) as (server, model),
         line(server) as (proxy, url),
         node(tmp_path, url, script) as running,
     ):
@@ -307,7 +311,7 @@ async def test_an_answer_that_the_server_has_forgotten_is_asked_anew_if_nothing_
         say(await chat.generate({ prompt: "abc" }, { onFrame }).text());
     """
     async with (
-        scripted(resume_window=0.05) as (server, model),
+        scripted(resume_window=0.05, allow_host=PROXIED) as (server, model),
         line(server) as (proxy, url),
         node(tmp_path, url, script) as running,
     ):
@@ -327,7 +331,11 @@ async def test_an_answer_that_was_not_to_be_resumed_ends_with_its_connection(tmp
         const answer = chat.generate({ prompt: "abc", resumable: false }, { onFrame: ({ type }) => say(type) });
         say((await thrown(answer.text())).code);
     """
-    async with scripted() as (server, model), line(server) as (proxy, url), node(tmp_path, url, script) as running:
+    async with (
+        scripted(allow_host=PROXIED) as (server, model),
+        line(server) as (proxy, url),
+        node(tmp_path, url, script) as running,
+    ):
         assert await running.says() == "started"
         (await last_link(proxy)).cut()
         assert await running.says() == "connection_lost"
@@ -351,7 +359,11 @@ async def test_a_stop_without_a_connection_ends_the_answer_now_and_the_server_is
         say([text, answer.done.finish_reason, chat.state]);
         await told();
     """
-    async with scripted() as (server, model), line(server) as (proxy, url), node(tmp_path, url, script) as running:
+    async with (
+        scripted(allow_host=PROXIED) as (server, model),
+        line(server) as (proxy, url),
+        node(tmp_path, url, script) as running,
+    ):
         model.step_gate.let(1)
         assert await running.says() == "a"
         link = await last_link(proxy)
@@ -376,7 +388,11 @@ async def test_a_line_that_is_dead_without_a_word_is_noticed_while_something_is_
         for await (const piece of answer) if ((text += piece).length === 5) say(text);
         say(text);
     """.replace("TEXT", TEXT)
-    async with scripted() as (server, model), line(server) as (proxy, url), node(tmp_path, url, script) as running:
+    async with (
+        scripted(allow_host=PROXIED) as (server, model),
+        line(server) as (proxy, url),
+        node(tmp_path, url, script) as running,
+    ):
         model.step_gate.let(5)
         assert await running.says() == TEXT[:5]
         (await last_link(proxy)).freeze()
