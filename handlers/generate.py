@@ -45,7 +45,7 @@ async def _serve(
         async with AsyncExitStack() as use:
             prepare = _prepare(message, session.id, models, spec, job, use)
             model, request = await until_stopped(job, prepare, deadline - time.monotonic())
-            request = replace(request, owner=session.id, deadline=deadline)
+            request = _within_limits(replace(request, owner=session.id, deadline=deadline), message, session)
             await _stream(model, request, job, _Answer(job.id, spec.model, read_at))
     except Stopped:
         # Whatever this says, the session makes it the done of a stop.
@@ -67,6 +67,25 @@ async def _prepare(
     model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     return model, await model.request((session_id, job.id), prompt, _options(message))
+
+
+def _within_limits(request: engine.GenerationRequest, message: Generate, session: Session) -> engine.GenerationRequest:
+    """Give a request as it may run on this server.
+
+    Raises:
+        Refused: it is longer than the operator allows.
+    """
+    config = session.server.config
+    prompt_tokens, most = len(request.prompt_ids), config.max_prompt_tokens
+    if most is not None and prompt_tokens > most:
+        why = f"this server takes prompts of up to {most} tokens, and this one has {prompt_tokens}; shorten it"
+        raise Refused("context_length_exceeded", why, "prompt" if message.messages is None else "messages")
+    if config.max_tokens is None:
+        return request
+    for field, asked in (("max_tokens", message.max_tokens), ("min_tokens", message.min_tokens)):
+        if asked is not None and asked > config.max_tokens:
+            raise Refused("bad_message", f"is more than the {config.max_tokens} that this server allows", field)
+    return replace(request, max_tokens=min(request.max_tokens, config.max_tokens))
 
 
 async def _stream(model: Model, request: engine.GenerationRequest, job: Job, answer: "_Answer") -> None:

@@ -35,7 +35,13 @@ async def _load(session: Session, models: ModelService, spec: ModelSpec, job: Jo
 
 
 def _ready(id: str, session: Session, model: Model) -> Ready:
-    limits = Limits(max_message_bytes=protocol.MAX_MESSAGE_BYTES, max_active=session.server.max_active)
+    config = session.server.config
+    limits = Limits(
+        max_message_bytes=int(config.max_message_bytes),  # its own type is no JSON
+        max_active=session.server.max_active,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_tokens=config.max_tokens,
+    )
     return Ready(
         id=id,
         protocol=protocol.VERSION,

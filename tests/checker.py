@@ -222,6 +222,9 @@ class Checker:
             if code == "bad_message" and self._nameless:
                 self._nameless -= 1
                 return
+            if code == "rate_limited" and self._statuses:
+                del self._statuses[0]
+                return
             refused = next((asked for asked in self.unnamed if asked.kind == "init"), None)
             assert refused, f"an error about nothing that was sent: {frame}"
             self.unnamed.remove(refused)
@@ -240,7 +243,9 @@ class Checker:
             inits = [place for place, asked in enumerate(line) if asked.kind == "init" and asked.last == "nothing"]
             assert inits, f"no init can have asked for this: {frame}"
             return inits[0]
-        beside = others and (code in ("bad_message", "duplicate_id") or (code == "unsupported" and first.kind == "generate"))
+        beside = others and (
+            code in ("bad_message", "duplicate_id", "rate_limited") or (code == "unsupported" and first.kind == "generate")
+        )
         assert beside or code != "duplicate_id", f"a duplicate of nothing: {frame}"
         assert beside or first.kind == "init", f"an error ended a generation: {frame}"
         return 1 if beside else 0

@@ -33,7 +33,22 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "max_resume_bytes": ("1GB", 10**9),
     "max_detached_tokens": ("5", 5),
     "drain_timeout": ("0.5", 0.5),
+    "max_message_bytes": ("64KiB", 65536),
+    "max_json_depth": ("9", 9),
+    "max_connections": ("20", 20),
+    "max_connections_per_address": ("4", 4),
+    "handshakes_per_second": ("0.5", 0.5),
+    "handshake_timeout": ("2", 2.0),
+    "messages_per_second": ("7.5", 7.5),
+    "max_requests_per_connection": ("6", 6),
+    "max_requests_per_key": ("7", 7),
+    "max_queued_per_key": ("8", 8),
+    "max_prompt_tokens": ("4096", 4096),
+    "max_tokens": ("512", 512),
+    "tokens_per_minute": ("6000", 6000),
+    "share_prefixes": ("off", False),
     "log_level": ("debug", "debug"),
+    "log_content": ("on", True),
     "echo_path": ("on", True),
 }
 BAD = [
@@ -86,7 +101,26 @@ BAD = [
     ("drain_timeout", "soon"),
     ("drain_timeout", "nan"),
     ("drain_timeout", "inf"),
+    ("max_message_bytes", "0KiB"),
+    ("max_message_bytes", "262144"),
+    ("max_json_depth", "0"),
+    ("max_connections", "0"),
+    ("max_connections_per_address", "-1"),
+    ("handshakes_per_second", "0"),
+    ("handshakes_per_second", "inf"),
+    ("handshake_timeout", "0"),
+    ("messages_per_second", "0.0"),
+    ("messages_per_second", "many"),
+    ("max_requests_per_connection", "0"),
+    ("max_requests_per_key", "none"),
+    ("max_queued_per_key", "0"),
+    ("max_prompt_tokens", "0"),
+    ("max_tokens", "all"),
+    ("tokens_per_minute", "0"),
+    ("tokens_per_minute", "1e6"),
+    ("share_prefixes", "maybe"),
     ("log_level", "loud"),
+    ("log_content", "yes"),
     ("echo_path", "yes"),
 ]
 
@@ -100,7 +134,7 @@ def variable(name: str) -> str:
 
 
 def written(default: object) -> str:
-    return {None: "auto", (): "none", False: "off"}.get(default, str(default))  # type: ignore[call-overload, no-any-return]
+    return {None: "auto", (): "none", False: "off", True: "on"}.get(default, str(default))  # type: ignore[call-overload, no-any-return]
 
 
 def refused(arguments: Sequence[str], environment: Mapping[str, str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -141,14 +175,31 @@ def test_without_arguments_the_defaults_are_served() -> None:
         max_resume_bytes=67_108_864,
         max_detached_tokens=2048,
         drain_timeout=30.0,
+        max_message_bytes=262_144,
+        max_json_depth=64,
+        max_connections=1000,
+        max_connections_per_address=100,
+        handshakes_per_second=10.0,
+        handshake_timeout=10.0,
+        messages_per_second=50.0,
+        max_requests_per_connection=256,
+        max_requests_per_key=256,
+        max_queued_per_key=128,
+        max_prompt_tokens=None,
+        max_tokens=None,
+        tokens_per_minute=1_000_000,
+        share_prefixes=True,
         log_level="info",
+        log_content=False,
         echo_path=False,
     )
     assert parse([], {}) == ("serve", expected)
     assert parse(["serve"], {"WSSERVER_UNKNOWN": "x", "PORT": "1", "HOST": "h"}) == ("serve", expected)
 
 
-@pytest.mark.parametrize("name", ["models", "memory", "kv_memory", "keep_alive", "threads"])
+@pytest.mark.parametrize(
+    "name", ["models", "memory", "kv_memory", "keep_alive", "threads", "max_prompt_tokens", "max_tokens"]
+)
 def test_auto_may_be_said(name: str) -> None:
     assert getattr(parse([flag(name), "auto"], {variable(name): OPTIONS[name][0]})[1], name) is None
 

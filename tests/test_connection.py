@@ -29,7 +29,9 @@ ANSWERED_WITH_ERROR = [
     ("18446744073709551616", "bad_message", "$.type"),
     ("{}", "bad_message", "$.type"),
     ('{"type":null}', "bad_message", "$.type"),
-    ('{"type":' + "[" * 1000 + "]" * 1000 + "}", "bad_message", "$.type"),
+    ('{"type":' + "[" * 63 + "]" * 63 + "}", "bad_message", "$.type"),
+    ('{"type":' + "[" * 64 + "]" * 64 + "}", "bad_json", "the frame nests more than 64 levels"),
+    ('{"x":' * 65 + "1" + "}" * 65, "bad_json", "the frame nests more than 64 levels"),
     ('{"type":"shutdown"}', "unknown_type", "$.type"),
     ('{"type":"Generate","prompt":"a"}', "unknown_type", "$.type"),
     ('{"type":"done","id":"g"}', "unknown_type", "$.type"),
@@ -322,11 +324,8 @@ async def test_a_reader_that_is_too_slow_is_closed_and_its_work_ends_while_anoth
         await finish_untouched(other, model)
 
 
-async def test_a_client_that_asks_faster_than_it_reads_waits_for_itself_and_gets_every_answer(
-    stage: tuple[Running, ScriptedModel],
-) -> None:
-    server, _ = stage
-    async with slow_client(server) as client:
+async def test_a_client_that_asks_faster_than_it_reads_waits_for_itself_and_gets_every_answer() -> None:
+    async with scripted(messages_per_second=10_000.0) as (server, _), slow_client(server) as client:
         client.socket.transport.pause_reading()
         (connection,) = server.server._connections
         asking = asyncio.create_task(ask(client, times=5000))
@@ -345,9 +344,8 @@ async def ask(client: Client, times: int) -> None:
         await client.send(type="status")
 
 
-async def test_a_burst_of_questions_is_answered_to_the_last(stage: tuple[Running, ScriptedModel]) -> None:
-    server, _ = stage
-    async with server.client() as client:
+async def test_a_burst_of_questions_is_answered_to_the_last() -> None:
+    async with scripted(messages_per_second=10_000.0) as (server, _), server.client() as client:
         client.socket.transport.write(frame(Opcode.TEXT, b'{"type":"cancel","id":"x"}') * 11_000)
         for _ in range(11_000):
             assert b"not_active" in await client.socket.recv(decode=False)

@@ -121,7 +121,7 @@ def test_the_limits_that_protocol_md_names_are_those_of_the_code() -> None:
 
 def test_the_options_that_the_readme_lists_are_those_there_are() -> None:
     listed = set(re.findall(r"^\| `(--[a-z-]+)` \| `([A-Z_]+)` \| `(.*?)` \|$", README, re.MULTILINE))
-    words: dict[Any, str] = {None: "auto", (): "none", False: "off"}
+    words: dict[Any, str] = {None: "auto", (): "none", False: "off", True: "on"}
     names = {f.name: words.get(f.default, str(f.default)) for f in dataclasses.fields(Config)}
     assert listed == {(f"--{n.replace('_', '-')}", f"WSSERVER_{n.upper()}", default) for n, default in names.items()}
 

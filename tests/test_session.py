@@ -6,8 +6,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
+from wsserver.config import Config
+from wsserver.limits import Owner
 from wsserver.protocol import (
     Cancel,
+    ClientMessage,
     ConnectionInfo,
     Detached,
     Done,
@@ -28,12 +31,13 @@ from wsserver.protocol import (
     ServerInfo,
     ServerMessage,
     Started,
+    Status,
     StatusReport,
     Timings,
     Token,
     Usage,
 )
-from wsserver.session import IllegalFrame, ServerState, Session, TooManyBadMessages
+from wsserver.session import IllegalFrame, ServerState, Session, TooManyBadMessages, TooManyMessages
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
 
@@ -244,6 +248,78 @@ def test_a_bad_generate_with_the_id_of_a_running_one_does_not_end_that_one(sessi
     assert session.active == ["x"]
 
 
+# Rates. Ten seconds' worth may come at once.
+
+
+def paced(rate: float = 0.5, **settings: Any) -> Session:
+    return Session("s", ServerState(0.0, 2, config=Config(messages_per_second=rate, **settings)))
+
+
+def say(session: Session, message: ClientMessage, now: float, length: int = 10) -> None:
+    session.heard(length, now)
+    session.understood(message, now)
+
+
+def test_a_message_too_early_is_refused_until_its_time_has_come() -> None:
+    session = paced()
+    for _ in range(5):
+        say(session, Status(), 1.0)
+    with pytest.raises(Refusal) as refusal:
+        say(session, Generate(id="g", prompt="p"), 1.5)
+    assert (refusal.value.code, refusal.value.retry_after) == ("rate_limited", 1.5)
+    answer = session.answer(refusal.value)
+    assert isinstance(answer, Done)
+    assert answer.error
+    assert (answer.id, answer.error.code, answer.error.retry_after_ms) == ("g", "rate_limited", 1500)
+    say(session, Generate(id="g", prompt="p"), 3.0)
+
+
+def test_a_cancel_is_taken_at_any_rate() -> None:
+    session = paced()
+    for _ in range(20):
+        say(session, Cancel(), 0.0)
+
+
+def test_a_message_weighs_one_and_one_more_for_every_4_kib() -> None:
+    session = paced()
+    say(session, Status(), 0.0, 4 * 4096 - 1)
+    say(session, Status(), 0.0, 4096)  # one was left, and another is owed
+    with pytest.raises(Refusal) as refusal:
+        say(session, Status(), 0.0)
+    assert refusal.value.retry_after == 4.0
+
+
+def test_only_early_messages_in_a_row_are_one_too_many() -> None:
+    session = paced(rate=0.1)
+    for now in (0.0, 10.0):
+        session.heard(1, now)
+        for _ in range(session.max_bad_messages):
+            session.heard(1, now)
+    with pytest.raises(TooManyMessages):
+        session.heard(1, 19.9)
+
+
+def test_a_client_that_had_too_many_tokens_may_ask_for_no_more_but_for_anything_else() -> None:
+    session = paced(tokens_per_minute=60)
+    session.account.tokens.spend(69, 0.0)
+    with pytest.raises(Refusal) as refusal:
+        say(session, Generate(prompt="p"), 0.0)
+    assert (refusal.value.code, refusal.value.retry_after) == ("rate_limited", 10.0)
+    say(session, Init(), 0.0)
+    say(session, Generate(prompt="p"), 10.0)
+
+
+def test_a_session_with_a_key_has_the_keys_account_and_one_without_has_its_addresss() -> None:
+    server = ServerState(0.0, 2)
+    here, there = Owner("address", "here"), Owner("address", "there")
+    by_address = Session("a", server, address=here)
+    assert by_address.account is Session("b", server, address=here).account
+    assert by_address.account is not Session("c", server, address=there).account
+    by_key = Session("d", server, key="k", address=here)
+    assert by_key.account is Session("e", server, key="k", address=there).account
+    assert by_key.account is not by_address.account
+
+
 def test_any_other_refusal_is_answered_with_an_error(session: Session) -> None:
     assert session.answer(Refusal("not_active", "no", "x")) == Error(code="not_active", message="no", id="x")
     assert session.answer(Refusal("bad_json", "no")) == Error(code="bad_json", message="no")
@@ -254,7 +330,7 @@ def test_only_bad_messages_in_a_row_are_one_too_many(session: Session, code: Any
     for _ in range(2):
         for _ in range(session.max_bad_messages):
             assert session.answer(Refusal(code, "no"))
-        session.understood()
+        session.understood(Status(), 0.0)
     for _ in range(session.max_bad_messages):
         session.answer(Refusal(code, "no"))
         session.answer(Refusal("not_active", "no"))

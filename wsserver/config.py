@@ -26,7 +26,7 @@ messages are described in protocol.md; "wsserver schema" prints their JSON Schem
 """
 
 # How a default is written that is no word or number.
-IN_WORDS: dict[Any, str] = {None: "auto", (): "none", False: "off"}
+IN_WORDS: dict[Any, str] = {None: "auto", (): "none", False: "off", True: "on"}
 
 
 class Size(int):
@@ -66,7 +66,22 @@ class Config:
     max_resume_bytes: int = Size(64 << 20)
     max_detached_tokens: int = 2048
     drain_timeout: float = 30.0
+    max_message_bytes: int = Size(protocol.MAX_MESSAGE_BYTES)
+    max_json_depth: int = 64
+    max_connections: int = 1000
+    max_connections_per_address: int = 100
+    handshakes_per_second: float = 10.0
+    handshake_timeout: float = 10.0
+    messages_per_second: float = 50.0
+    max_requests_per_connection: int = 256
+    max_requests_per_key: int = 256
+    max_queued_per_key: int = 128
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    tokens_per_minute: int = 1_000_000
+    share_prefixes: bool = True
     log_level: str = "info"
+    log_content: bool = False
     echo_path: bool = False
 
 
@@ -165,7 +180,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         type=_stretch,
         metavar="X",
     )
-    option("threads", "threads of a model on a CPU; auto is one less than there are cores", type=_threads, metavar="N")
+    option("threads", "threads of a model on a CPU; auto is one less than there are cores", type=_count, metavar="N")
     option(
         "decode",
         "how a model decodes: eager; on a GPU graph, for CUDA graphs with a kernel of their own, launched one step ahead; "
@@ -199,7 +214,43 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         type=_seconds,
         metavar="S",
     )
+    option("max-message-bytes", "how long a client's message may be, like 256KiB", type=_bytes, metavar="SIZE")
+    option("max-json-depth", "levels that a client's message may nest", type=_positive, metavar="N")
+    option("max-connections", "connections at once, those in their handshake included", type=_positive, metavar="N")
+    option("max-connections-per-address", "connections at once from one address", type=_positive, metavar="N")
+    option(
+        "handshakes-per-second",
+        "new connections from one address a second; those of ten seconds may come at once",
+        type=_rate,
+        metavar="X",
+    )
+    option("handshake-timeout", "seconds after which a handshake that is not finished is given up", type=_span, metavar="S")
+    option(
+        "messages-per-second",
+        "messages that a connection may send a second, a long one counted once more for every 4KiB; those of ten seconds "
+        "may come at once",
+        type=_rate,
+        metavar="X",
+    )
+    option("max-requests-per-connection", "requests of one connection that run or wait", type=_positive, metavar="N")
+    option(
+        "max-requests-per-key",
+        "requests of one key that run or wait; without keys this and what follows is for each address",
+        type=_positive,
+        metavar="N",
+    )
+    option("max-queued-per-key", "of these, those that wait", type=_positive, metavar="N")
+    option("max-prompt-tokens", "tokens of a prompt; auto is what the context has room for", type=_count, metavar="N")
+    option("max-tokens", "tokens of an answer; auto is what the context has room for", type=_count, metavar="N")
+    option("tokens-per-minute", "tokens of prompts and answers for one key a minute", type=_positive, metavar="N")
+    option(
+        "share-prefixes",
+        "whether a prompt may begin with what another key's left in the KV cache, which its timing tells: on, off",
+        type=_switch,
+        metavar="ON",
+    )
     option("log-level", "how much to log: debug, info, warning, error", type=_log_level, metavar="LEVEL")
+    option("log-content", "log prompts and answers, at level debug: on, off", type=_switch, metavar="ON")
     option("echo-path", "answer every message at /echo with itself, for protocol tests: on, off", type=_switch, metavar="ON")
     return parser
 
@@ -216,7 +267,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _threads(text: str) -> int | None:
+def _count(text: str) -> int | None:
     return None if text == "auto" else _positive(text)
 
 
@@ -251,6 +302,12 @@ def _names(text: str) -> tuple[str, ...]:
 def _stretch(text: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more, like 3 or 2.5")
+    return float(text)
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number over 0, like 10 or 0.5")
     return float(text)
 
 

@@ -6,6 +6,7 @@ is read in every state.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from websockets.asyncio.server import ServerConnection, broadcast
@@ -17,7 +18,7 @@ from wsserver.outbox import Outbox, OutboxFull
 from wsserver.peer import Peer
 from wsserver.protocol import ClientMessage, CloseCode, Goaway, Refusal, ServerMessage
 from wsserver.resumables import Resumables
-from wsserver.session import Session, TooManyBadMessages
+from wsserver.session import Session, TooManyBadMessages, TooManyMessages
 
 log = logging.getLogger(__name__)
 
@@ -135,22 +136,27 @@ class Connection:
                     self.close(CloseCode.UNSUPPORTED_DATA, "send JSON in text frames")
                 else:
                     self._receive(data)
+                # Many that came at once are read without a wait; others have their turn all the same.
+                await asyncio.sleep(0)
                 if len(self._outbox) > MAX_UNREAD_FRAMES and not self._writer.done():
                     await self._all_written.wait()
         except ConnectionClosed:
             pass  # the usual end of many clients: a tab closed, a network gone
 
     def _receive(self, text: str) -> None:
-        session = self.peer.session
+        session, now = self.peer.session, time.monotonic()
         try:
             try:
-                message = protocol.decode(text)
-                session.understood()
+                session.heard(len(text), now)
+                message = protocol.decode(text, session.server.config.max_json_depth)
+                session.understood(message, now)
                 self._dispatch(message, self.peer)
             except Refusal as refusal:
                 self.push(session.answer(refusal))
         except TooManyBadMessages:
             self.close(CloseCode.TOO_MANY_BAD_MESSAGES, "too many bad messages")
+        except TooManyMessages:
+            self.close(CloseCode.RATE_LIMITED, "too many messages in too short a time")
 
     # The writer.
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from wsserver.limits import Account, Bill
 from wsserver.protocol import (
     Done,
     Error,
@@ -67,8 +68,17 @@ class Keeper(Protocol):
 class Job:
     """What serves one id."""
 
-    def __init__(self, id: str, message: Init | Generate, listener: Listener, keeper: Keeper) -> None:
+    def __init__(
+        self,
+        id: str,
+        message: Init | Generate,
+        listener: Listener,
+        keeper: Keeper,
+        account: Account,
+        key: str | None,
+    ) -> None:
         self.id = id
+        self.key = key  # without which nobody may take it up again
         self.ended = False
         self.task: asyncio.Task[None]
         # What was said, where somebody may want it again, or where it is to be told in the end alone.
@@ -78,6 +88,7 @@ class Job:
         # Whether it outlives its connection: from when its token is told until it is forgotten.
         self.kept = False
         self._generates = isinstance(message, Generate)
+        self._bill = Bill(account) if self._generates else None
         self._streams = streams
         self._resumable = resumable
         self._keeper = keeper
@@ -93,6 +104,7 @@ class Job:
     def start(self, serve: "Callable[[Job], Coroutine[None, None, None]]") -> None:
         """Serve it in a task of its own."""
         self.task = asyncio.create_task(self._run(serve))
+        self.task.add_done_callback(self._settle)  # which runs even if the task is cancelled before it began
 
     # For message handlers.
 
@@ -110,6 +122,8 @@ class Job:
         elif isinstance(frame, Done):
             frame = self._end(frame)
         self.ended = ends
+        if ends:
+            self._settle()
         if self._listener and self._live:
             self._listener.send(frame)
         if self.ended and self.kept:
@@ -194,6 +208,9 @@ class Job:
 
     def _begin(self, frame: Started) -> Started:
         self._usage.prompt_tokens, self._usage.cached_tokens = frame.prompt_tokens, frame.cached_tokens
+        if self._bill:
+            self._bill.start()
+        self._charge(self._usage)
         if not self._resumable:
             return frame
         self.kept = True
@@ -201,6 +218,7 @@ class Job:
 
     def _count(self, frame: Token) -> None:
         self._usage.completion_tokens += frame.n
+        self._charge(self._usage)
         if self.transcript and not (self._streams and self._stop_reason == "cancelled"):
             self._grow(partial(self.transcript.add, frame))
         if self._listener is None and not self.stopping:
@@ -216,7 +234,16 @@ class Job:
         if self.kept:
             self._keeper.grew(self.transcript.size - size)
 
+    def _charge(self, usage: Usage) -> None:
+        if self._bill:
+            self._bill.charge(usage.prompt_tokens + usage.completion_tokens, time.monotonic())
+
+    def _settle(self, _: object = None) -> None:
+        if self._bill:
+            self._bill.settle()
+
     def _end(self, frame: Done) -> Done:
+        self._charge(frame.usage)
         if self._stop_reason:
             frame = stopped(frame, self._stop_reason, time.monotonic() - self._stopped_at)
         elif self._overrun and frame.finish_reason == "cancelled":

@@ -61,7 +61,7 @@ class Peer:
             Refusal: the session does not let the message in.
         """
         id = self.session.open(message)
-        job = Job(id, message, self, self._resumables)
+        job = Job(id, message, self, self._resumables, self.session.account, self.session.key)
         self._take(job)
         job.start(serve)
 
@@ -71,7 +71,7 @@ class Peer:
         Raises:
             Refusal: there is no such job, it never was at that place, or the session does not let the message in.
         """
-        job = self._resumables.find(message)
+        job = self._resumables.find(message, self.session.key)
         if not job.reaches(message.after_seq):
             raise Refusal("bad_message", NEVER_THERE, message.id)
         self.session.open(message)

@@ -4,6 +4,7 @@ The types are the single source: validation, the JSON Schema and the tables of p
 """
 
 import enum
+import math
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec import Meta, Struct
 
 VERSION = 1
 SUBPROTOCOL = "llmstream.v1"
-MAX_MESSAGE_BYTES = 262_144
+MAX_MESSAGE_BYTES = 262_144  # unless the operator says otherwise
 
 ErrorCode = Literal[
     "bad_json",
@@ -163,11 +164,13 @@ class ModelInfo(Struct, kw_only=True):
     device: str
 
 
-class Limits(Struct, kw_only=True):
+class Limits(Struct, kw_only=True, omit_defaults=True):
     """What a client may count on."""
 
     max_message_bytes: int
     max_active: int
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 class Ready(_Message):
@@ -339,17 +342,30 @@ CLIENT_TYPES: dict[str, type[ClientMessage]] = {t.__struct_config__.tag: t for t
 class Refusal(Exception):
     """Why a client's message is refused: an error code, words that say what to do, and what is known of the message."""
 
-    def __init__(self, code: ErrorCode, message: str, id: str | None = None, answers_with_done: bool = False) -> None:
+    def __init__(
+        self,
+        code: ErrorCode,
+        message: str,
+        id: str | None = None,
+        answers_with_done: bool = False,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.code: ErrorCode = code
         self.message = message
         self.id = id
         # A generate whose id is valid, or left out, is answered with a done, everything else with an error.
         self.answers_with_done = answers_with_done
+        self.retry_after = retry_after  # in seconds
+
+    @property
+    def retry_after_ms(self) -> int | None:
+        """When to try again, as the protocol has it."""
+        return None if self.retry_after is None else math.ceil(self.retry_after * 1000)
 
 
-def decode(text: str) -> ClientMessage:
-    """Read one client message.
+def decode(text: str, max_depth: int = 1024) -> ClientMessage:
+    """Read one client message, of JSON that nests no deeper than `max_depth` levels.
 
     Raises:
         Refusal: `bad_json`, `unknown_type`, or `bad_message` naming the field.
@@ -358,6 +374,8 @@ def decode(text: str) -> ClientMessage:
         fields = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise Refusal("bad_json", f"the frame is not one JSON object: {error}") from None
+    if _deeper_than(max_depth, fields):
+        raise Refusal("bad_json", f"the frame nests more than {max_depth} levels")
     kind = fields.get("type") if isinstance(fields, dict) else None
     if not isinstance(kind, str):
         raise Refusal("bad_message", "$.type: send one JSON object with a type, one of " + ", ".join(CLIENT_TYPES))
@@ -386,6 +404,20 @@ def schema() -> dict[str, Any]:
         "anyOf": [{"title": "client to server", **client}, {"title": "server to client", **server}],
         "$defs": definitions,
     }
+
+
+def _deeper_than(depth: int, value: Any) -> bool:
+    """Tell whether JSON nests deeper: level after level, since a recursion is what its depth could break."""
+    level = [value] if isinstance(value, dict | list) else []
+    while level and depth:
+        depth -= 1
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+    return bool(level)
 
 
 def _valid_id(fields: dict[str, Any]) -> tuple[str | None, bool]:

@@ -34,14 +34,14 @@ class Resumables:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs.values())
 
-    def find(self, message: Resume) -> Job:
-        """Give the job that a client means.
+    def find(self, message: Resume, key: str | None) -> Job:
+        """Give the job that a client means, who has shown this key.
 
         Raises:
-            Refusal: `resume_expired`, in the same words whether the token is wrong, the id is, or both came too late.
+            Refusal: `resume_expired`, in the same words whether the token, the id or the key is wrong, or all came too late.
         """
         job = self._jobs.get(message.resume_token)
-        if job is None or job.id != message.id:
+        if job is None or job.id != message.id or job.key != key:
             raise Refusal("resume_expired", EXPIRED, message.id)
         return job
 

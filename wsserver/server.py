@@ -7,8 +7,9 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 from websockets.asyncio.server import Server as WebSocketServer
 from websockets.asyncio.server import ServerConnection, broadcast, serve
@@ -17,11 +18,13 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from wsserver import __version__, tcp
+from wsserver.accepted import Accepted
 from wsserver.config import Config
 from wsserver.connection import CLOSE_TIMEOUT, Connection, Dispatch
+from wsserver.limits import address_of
 from wsserver.liveness import Liveness, ping_interval
 from wsserver.outbox import Outbox
-from wsserver.protocol import MAX_MESSAGE_BYTES, SUBPROTOCOL, CloseCode
+from wsserver.protocol import SUBPROTOCOL, CloseCode
 from wsserver.resumables import Resumables
 from wsserver.session import ServerState, Session
 
@@ -46,7 +49,7 @@ class Server:
     """The listening server, an async context manager; leaving it closes what is left without further notice."""
 
     def __init__(self, config: Config, dispatch: Dispatch, problem: Callable[[], str | None] = lambda: None) -> None:
-        self.state = ServerState(time.monotonic(), config.max_active, config.request_timeout)
+        self.state = ServerState(time.monotonic(), config.max_active, config.request_timeout, config=config)
         self.resumables = Resumables(config.resume_window, config.max_resume_bytes, config.max_detached_tokens)
         self._config = config
         self._dispatch = dispatch
@@ -58,6 +61,7 @@ class Server:
         self._finish_by = 0.0  # when what runs has to have ended, once it drains
 
     async def __aenter__(self) -> Self:
+        accepted = partial(Accepted, self.state.accounts, self._config.messages_per_second)
         self._listener = await serve(
             self._accept,
             self._config.host,
@@ -65,12 +69,14 @@ class Server:
             process_request=self._answer_get,
             select_subprotocol=_select_subprotocol,
             compression=None,
-            max_size=MAX_MESSAGE_BYTES,
+            open_timeout=self._config.handshake_timeout,
+            max_size=self._config.max_message_bytes,
             max_queue=UNREAD_MESSAGES,
             write_limit=WRITE_LIMIT,
             ping_interval=ping_interval(self._config.stall_timeout),
             ping_timeout=None if tcp.TELLS_TRAFFIC else PONG_WITHIN,
             server_header=f"wsserver/{__version__}",
+            create_connection=cast(type[ServerConnection], accepted),
         )
         self._look()
         return self
@@ -126,7 +132,12 @@ class Server:
         if _path(client.request) == ECHO_PATH:
             await _echo(client)
             return
-        session = Session(id=secrets.token_urlsafe(9), server=self.state)
+        session = Session(
+            id=secrets.token_urlsafe(9),
+            server=self.state,
+            max_open=self._config.max_requests_per_connection,
+            address=address_of(client.remote_address),
+        )
         outbox = Outbox(self._config.max_outbox_bytes)
         connection = Connection(client, session, outbox, self.resumables, self._dispatch)
         self._connections[connection] = Liveness(time.monotonic(), self._config.stall_timeout)

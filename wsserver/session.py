@@ -10,13 +10,15 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from wsserver.config import Config
+from wsserver.limits import Account, Accounts, Owner, TokenBucket, address_of, bucket
 from wsserver.protocol import (
     Cancel,
+    ClientMessage,
     ConnectionInfo,
     Detached,
     Done,
     Error,
-    ErrorCode,
     ErrorDetail,
     Generate,
     Init,
@@ -66,6 +68,10 @@ TRANSITIONS: dict[tuple[Phase, type[ServerMessage]], Phase | None] = {
 # How far an id has come that a message has just opened.
 OPENING = {Init: Phase.LOADING, Generate: Phase.ACCEPTED, Resume: Phase.RESUMING}
 
+# The length from which on a message counts for more than one.
+LONG_MESSAGE = 4096
+TOO_FAST = "this connection has sent too many messages in too short a time; send fewer"
+TOO_MANY_TOKENS = "this client has had too many tokens in the last minute, those of its prompts included"
 SHUTTING_DOWN = "this server is stopping; connect again in a moment"
 
 StopReason = Literal["cancelled", "shutdown"]
@@ -77,6 +83,10 @@ class IllegalFrame(Exception):
 
 class TooManyBadMessages(Exception):
     """The client sends nothing but nonsense; its connection is to be closed with 4400."""
+
+
+class TooManyMessages(Exception):
+    """The client does not slow down though it was told to; its connection is to be closed with 4429."""
 
 
 @dataclass(slots=True)
@@ -96,6 +106,11 @@ class ServerState:
     max_active: int
     request_timeout: float = 600.0  # seconds from reading a generate to its end
     draining: bool = False
+    config: Config = field(default_factory=Config)
+    accounts: Accounts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.accounts = Accounts(self.config)
 
 
 @dataclass(slots=True)
@@ -106,18 +121,49 @@ class Session:
     server: ServerState
     max_open: int = 256
     max_bad_messages: int = 32
+    key: str | None = None  # the name of the key that it has shown
+    address: Owner = field(default_factory=lambda: address_of(None))
     # The inits, oldest first, that may yet say which model the next generate uses: the last one that led to a loaded model
     # (the first of all asks for the server's default), and those read after it that have not failed.
     _inits: list[Init] = field(default_factory=lambda: [Init()])
     _open: dict[str, _Open] = field(default_factory=dict)
     _assigned: int = 0
     _bad_messages: int = 0
+    _fast_messages: int = 0
+    _wait: float = 0.0  # seconds for which the message read last came too early
+    _messages: TokenBucket = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._messages = bucket(self.server.config.messages_per_second)
 
     # The client's side.
 
-    def understood(self) -> None:
-        """Count a message that could be decoded: the bad ones before it are forgiven."""
+    def heard(self, length: int, now: float) -> None:
+        """Count a message of so many characters, read at `now` seconds, whatever it says.
+
+        Raises:
+            TooManyMessages: it is one too many of those that came too fast, with none between that did not.
+        """
+        self._wait = self._messages.take(now, 1 + length // LONG_MESSAGE)
+        self._fast_messages = self._fast_messages + 1 if self._wait else 0
+        if self._fast_messages > self.max_bad_messages:
+            raise TooManyMessages
+
+    def understood(self, message: ClientMessage, now: float) -> None:
+        """Take the message just heard, now that it could be decoded: the bad ones before it are forgiven.
+
+        A cancel is always taken: it makes work less.
+
+        Raises:
+            Refusal: `rate_limited`.
+        """
         self._bad_messages = 0
+        generates = isinstance(message, Generate)
+        seconds, why = self._wait, TOO_FAST
+        if generates and not seconds:
+            seconds, why = self.account.tokens.wait(now), TOO_MANY_TOKENS
+        if seconds and not isinstance(message, Cancel):
+            raise Refusal("rate_limited", why, getattr(message, "id", None), generates, seconds)
 
     def open(self, message: Init | Generate | Resume) -> str:
         """Let in what opens an id; give the id, the client's or a new one.
@@ -136,6 +182,8 @@ class Session:
         if len(self._open) >= self.max_open:
             why = f"{self.max_open} requests are active on this connection; wait for one to end"
             raise Refusal("overloaded", why, message.id, generates)
+        if generates and (much := self.account.too_many()):
+            raise Refusal("overloaded", much, message.id, generates)
         id = self._assign() if message.id is None else message.id
         self._open[id] = _Open(OPENING[type(message)], message)
         if isinstance(message, Init):
@@ -167,8 +215,8 @@ class Session:
             if self._bad_messages > self.max_bad_messages:
                 raise TooManyBadMessages
         if not refusal.answers_with_done or refusal.id in self._open:
-            return Error(code=refusal.code, message=refusal.message, id=refusal.id)
-        return failed(refusal.id or self._assign(), refusal.code, refusal.message)
+            return Error(code=refusal.code, message=refusal.message, id=refusal.id, retry_after_ms=refusal.retry_after_ms)
+        return failed(refusal.id or self._assign(), refusal)
 
     # The server's side.
 
@@ -218,6 +266,16 @@ class Session:
         return ConnectionInfo(session=self.id, active=list(self._open))
 
     @property
+    def owner(self) -> Owner:
+        """Whose requests these are, as far as that is known: a key's, or an address's."""
+        return self.address if self.key is None else Owner("key", self.key)
+
+    @property
+    def account(self) -> Account:
+        """What the owner has and did, on all connections."""
+        return self.server.accounts.of(self.owner)
+
+    @property
     def chosen(self) -> Init:
         """The init that says which model the next generate uses."""
         return self._inits[-1]
@@ -251,14 +309,14 @@ class Session:
                 return id
 
 
-def failed(id: str, code: ErrorCode, message: str) -> Done:
+def failed(id: str, refusal: Refusal) -> Done:
     """Give the done of a generation that never ran."""
     return Done(
         id=id,
         finish_reason="error",
         usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
         timings=Timings(total_ms=0.0),
-        error=ErrorDetail(code=code, message=message),
+        error=ErrorDetail(code=refusal.code, message=refusal.message, retry_after_ms=refusal.retry_after_ms),
     )
 
 

@@ -1,0 +1,338 @@
+"""Each limit over real sockets, at it and over it: the answer has a name, and whoever is not over it is served."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.frames import Frame, Opcode
+
+from tests.conftest import Client, Running, eventually, running
+from tests.scripted import closing_code, in_engine, scripted
+
+ELSEWHERE = ("127.0.0.2", 0)  # another address of this machine
+
+
+def frame(opcode: Opcode, data: bytes, fin: bool = True) -> bytes:
+    return Frame(opcode, data, fin=fin).serialize(mask=True)
+
+
+async def refused(server: Running, **options: Any) -> int:
+    """Give the status with which a handshake is refused."""
+    with pytest.raises(InvalidStatus) as refusal:
+        async with server.client(**options):
+            pass
+    assert refusal.value.response.headers["Retry-After"] == "1"
+    return refusal.value.response.status_code
+
+
+@contextlib.asynccontextmanager
+async def half_open(server: Running, said: bytes = b"") -> AsyncIterator[asyncio.StreamReader]:
+    """Connect, and never finish the handshake."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
+    writer.write(said)
+    try:
+        yield reader
+    finally:
+        writer.close()
+
+
+async def let_in(server: Running, connections: int) -> None:
+    """Wait until the server knows of so many connections."""
+    await eventually(lambda: server.server.state.accounts.connections == connections)
+
+
+# Connections.
+
+
+async def test_one_connection_too_many_from_an_address_is_refused_and_another_address_is_served() -> None:
+    async with running(max_connections_per_address=2) as server:
+        async with server.client() as first, server.client() as second:
+            assert await refused(server) == 429
+            async with server.client(local_addr=ELSEWHERE) as other:
+                for client in (first, second, other):
+                    assert (await client.generate(prompt="hello"))["joined"] == "hello"
+        await let_in(server, 0)
+        async with server.client(), server.client() as again:
+            assert (await again.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_one_connection_too_many_in_all_is_refused_whoever_comes() -> None:
+    async with running(max_connections=2) as server, server.client() as first, server.client():
+        assert await refused(server, local_addr=ELSEWHERE) == 503
+        assert (await first.generate(prompt="hello"))["joined"] == "hello"
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /ws HTT", b"GET /ws HTTP/1.1\r\nHost: here\r\n"])
+async def test_a_handshake_that_is_not_finished_counts_as_a_connection_and_is_given_up(said: bytes) -> None:
+    limits = {"max_connections_per_address": 2, "handshake_timeout": 0.5}
+    async with running(**limits) as server, server.client() as client, half_open(server, said) as reader:
+        await let_in(server, 2)
+        assert await refused(server) == 429
+        assert (await client.generate(prompt="hello"))["joined"] == "hello"
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        await let_in(server, 1)
+        async with server.client() as other:
+            assert (await other.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_request_that_does_not_end_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as server:
+        async with half_open(server, b"GET /ws HTTP/1.1\r\n" + b"X: " + b"y" * 1000 + b"\r\n") as reader:
+            await let_in(server, 1)
+            assert not reader.at_eof()
+        async with half_open(server, b"GET /ws HTTP/1.1\r\n" + (b"X: " + b"y" * 1000 + b"\r\n") * 17) as reader:
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        await let_in(server, 0)
+    assert not caplog.records
+
+
+async def test_one_handshake_too_many_in_a_time_is_refused_also_if_the_others_have_gone() -> None:
+    async with running(handshakes_per_second=0.2) as server:
+        for _ in range(2):
+            async with server.client() as client:
+                await client.settle()
+        assert await refused(server) == 429
+        async with server.client(local_addr=ELSEWHERE) as other:
+            await other.settle()
+
+
+async def test_who_is_refused_leaves_nothing_behind() -> None:
+    async with running(max_connections_per_address=1) as server, server.client() as client:
+        await client.settle()
+        tasks = asyncio.all_tasks()
+        for _ in range(20):
+            async with half_open(server) as reader:
+                assert (await reader.read()).startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
+        await eventually(lambda: asyncio.all_tasks() <= tasks)
+        assert server.server.state.accounts.connections == 1
+
+
+# Messages and frames.
+
+
+async def test_messages_over_the_rate_get_an_error_or_their_done_and_a_cancel_is_taken() -> None:
+    async with scripted(messages_per_second=0.5) as (server, model), server.client() as client:
+        await client.send(type="generate", id="g", prompt="hello")
+        await model.in_step(1)
+        for _ in range(4):
+            await client.settle()
+        await client.send(type="status")
+        error = await client.until("error")
+        assert (error["code"], 0 < error["retry_after_ms"] <= 2000) == ("rate_limited", True)
+        await client.send(type="generate", id="late", prompt="hello")
+        done = await client.done("late")
+        assert (done["error"]["code"], 0 < done["error"]["retry_after_ms"] <= 2000) == ("rate_limited", True)
+        await client.send(type="generate", id="g", prompt="hello")
+        assert (await client.until("error"))["code"] == "rate_limited"
+        await client.send(type="cancel", id="g")
+        await client.send(type="status")
+        assert (await client.until("error"))["code"] == "rate_limited"  # and so the cancel was read
+        model.open()
+        assert (await client.done("g"))["finish_reason"] == "cancelled"
+
+
+async def test_who_does_not_slow_down_is_closed_and_another_connection_is_served() -> None:
+    async with running(messages_per_second=0.1) as server, server.client() as client, server.client() as other:
+        for _ in range(40):
+            await client.send(type="status")
+        assert await closing_code(client) == 4429
+        assert [frame["type"] for frame in client.frames] == ["status", *["error"] * 32]
+        assert (await other.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_flood_of_cancels_is_closed_too() -> None:
+    async with running(messages_per_second=0.1) as server, server.client() as client:
+        for number in range(40):
+            await client.send(type="cancel", id=f"somebody's {number}")
+        assert await closing_code(client) == 4429
+
+
+async def test_a_long_message_counts_for_several() -> None:
+    async with running(messages_per_second=0.5) as server, server.client() as client:
+        await client.send(type="status", unknown="x" * 5 * 4096)
+        await client.until("status")
+        await client.send(type="status")
+        assert (await client.until("error"))["code"] == "rate_limited"
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        frame(Opcode.PING, b"x" * 125),
+        frame(Opcode.PONG, b""),
+        frame(Opcode.CONT, b"", fin=False),
+    ],
+    ids=["pings", "pongs", "pieces"],
+)
+async def test_a_flood_of_frames_is_closed_and_another_connection_is_served(wire: bytes) -> None:
+    async with running(messages_per_second=1.0) as server, server.client() as client, server.client() as other:
+        client.checker.sent({"type": "status"})
+        client.socket.transport.write(frame(Opcode.TEXT, b'{"type":"status"', fin=False))
+        client.socket.transport.write(wire * 100)
+        client.socket.transport.write(frame(Opcode.CONT, b"}"))
+        await client.until("status")
+        client.socket.transport.write(frame(Opcode.TEXT, b" ", fin=False) + wire * 5000)
+        assert await closing_code(client) == 4429
+        assert (await other.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_frame_that_says_it_is_compressed_is_no_frame() -> None:
+    async with running() as server, server.client() as client:
+        plain = frame(Opcode.TEXT, b"\x00" * 100)
+        client.socket.transport.write(bytes([plain[0] | 0b100_0000]) + plain[1:])
+        assert await closing_code(client) == 1002
+
+
+async def test_the_bytes_and_the_depth_of_a_message_are_as_the_operator_says() -> None:
+    async with running(max_message_bytes=100, max_json_depth=3) as server, server.client() as client:
+        await client.send(type="init", id="i")
+        assert (await client.until("ready"))["limits"]["max_message_bytes"] == 100
+        await client.send_text('{"type":"status","x":[[1]]}'.ljust(100))
+        await client.until("status")
+        await client.send_text('{"x":[[[1]]]}')
+        assert (await client.until("error"))["code"] == "bad_json"
+        await client.send_text("{}".ljust(101))
+        assert await closing_code(client) == 1009
+
+
+# Requests.
+
+
+async def test_one_request_too_many_of_a_connection_is_refused_and_the_others_go_on() -> None:
+    async with scripted(max_requests_per_connection=2) as (server, model), server.client() as client:
+        for id in ("first", "second", "third"):
+            await client.send(type="generate", id=id, prompt="hello")
+        assert (await client.until("done"))["error"]["code"] == "overloaded"
+        async with server.client() as other:
+            model.open()
+            assert (await other.generate(prompt="hello"))["joined"] == "hello"
+        await client.done("first")
+        await client.done("second")
+        assert client.checker.texts == {"first": "hello", "second": "hello", "third": ""}
+        assert (await client.generate(id="fourth", prompt="hello"))["joined"] == "hello"
+
+
+async def test_the_connections_of_one_address_share_a_bound_of_requests() -> None:
+    async with scripted(max_requests_per_key=2) as (server, model), server.client() as client, server.client() as same:
+        await client.send(type="generate", id="a", prompt="hello")
+        await same.send(type="generate", id="b", prompt="hello")
+        await in_engine(server, 2)
+        await client.send(type="generate", id="c", prompt="hello")
+        done = await client.done("c")
+        assert (done["error"]["code"], "2 requests of this client" in done["error"]["message"]) == ("overloaded", True)
+        async with server.client(local_addr=ELSEWHERE) as other:
+            await other.send(type="generate", id="d", prompt="hello")
+            await in_engine(server, 3)
+            model.open()
+            await other.done("d")
+            assert other.checker.texts == {"d": "hello"}
+        await same.done("b")
+        assert (await same.generate(id="e", prompt="hello"))["joined"] == "hello"
+
+
+async def test_requests_that_wait_have_a_bound_of_their_own() -> None:
+    async with scripted(max_active=1, max_queued_per_key=1) as (server, model), server.client() as client:
+        await client.send(type="generate", id="runs", prompt="hello")
+        await client.until("started")
+        await client.send(type="generate", id="waits", prompt="hello")
+        await client.send(type="generate", id="refused", prompt="hello")
+        done = await client.done("refused")
+        assert (done["error"]["code"], "1 requests of this client wait" in done["error"]["message"]) == ("overloaded", True)
+        model.open()
+        await client.until("started", id="waits")
+        assert (await client.generate(id="again", prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_lost_connections_requests_count_until_they_are_gone_and_no_longer() -> None:
+    async with scripted(max_requests_per_key=2) as (server, model), server.client() as client:
+        async with server.client() as lost:
+            await lost.send(type="generate", id="lost", prompt="hello")
+            await model.in_step(1)
+            await lost.send(type="generate", id="kept", prompt="hello", resumable=True)
+            await in_engine(server, 2)
+            model.step_gate.let(2)
+            await lost.until("started", id="kept")
+            assert (await client.generate(id="a", prompt="hello"))["error"]["code"] == "overloaded"
+        await eventually(lambda: account(server).requests == 1)
+        await client.send(type="generate", id="b", prompt="hello")
+        await client.settle()
+        assert (await client.generate(id="c", prompt="hello"))["error"]["code"] == "overloaded"
+        model.open()
+        await eventually(lambda: account(server).requests == 0)
+        assert account(server).queued == 0
+
+
+def account(server: Running) -> Any:
+    """Give the account of those who come from this machine's usual address."""
+    (found,) = server.server.state.accounts._accounts.values()
+    return found
+
+
+# Tokens.
+
+
+async def test_prompts_and_answers_are_as_long_as_the_operator_says() -> None:
+    async with running(max_prompt_tokens=5, max_tokens=3) as server, server.client() as client:
+        await client.send(type="init", id="i")
+        limits = (await client.until("ready"))["limits"]
+        assert (limits["max_prompt_tokens"], limits["max_tokens"]) == (5, 3)
+        done = await client.generate(id="unsaid", prompt="hello")
+        assert (done["joined"], done["finish_reason"]) == ("hel", "length")
+        assert (await client.generate(id="at", prompt="hello", max_tokens=3))["finish_reason"] == "length"
+        for field in ("max_tokens", "min_tokens"):
+            error = (await client.generate(id=field, prompt="hello", **{field: 4}))["error"]
+            assert (error["code"], error["message"].partition(":")[0]) == ("bad_message", f"$.{field}")
+        for message in ({"prompt": "hello!"}, {"messages": [{"role": "user", "content": "hello!"}]}):
+            error = (await client.generate(id="long", **message))["error"]
+            field = next(iter(message))
+            assert (error["code"], error["message"].partition(":")[0]) == ("context_length_exceeded", f"$.{field}")
+
+
+async def test_without_a_limit_of_tokens_none_is_told(client: Client) -> None:
+    await client.send(type="init", id="i")
+    assert set((await client.until("ready"))["limits"]) == {"max_message_bytes", "max_active"}
+
+
+async def test_tokens_are_counted_by_the_minute_over_all_connections_of_a_client() -> None:
+    async with running(tokens_per_minute=12) as server, server.client() as client, server.client() as same:
+        assert (await client.generate(id="a", prompt="hello"))["usage"]["completion_tokens"] == 6  # and 5 of the prompt
+        assert (await same.generate(id="b", prompt="hello"))["joined"] == "hello"  # there was one left
+        error = (await client.generate(id="c", prompt="hello"))["error"]
+        assert error["code"] == "rate_limited"
+        assert 50_000 < error["retry_after_ms"] <= 55_000  # eleven tokens, five seconds each
+        async with server.client(local_addr=ELSEWHERE) as other:
+            assert (await other.generate(id="d", prompt="hello"))["joined"] == "hello"
+        await client.settle()  # what costs no tokens is served
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_a_generation_that_is_cancelled_or_lost_has_cost_what_it_made(lost: bool) -> None:
+    async with scripted(tokens_per_minute=8) as (server, model), server.client() as client:
+        async with server.client() as other:
+            await other.send(type="generate", id="g", prompt="hello", ignore_eos=True)
+            for _ in range(3):
+                model.step_gate.let()
+                await other.until("token")
+            if not lost:
+                await other.send(type="cancel", id="g")
+                model.open()
+                await other.done("g")
+        model.open()
+        await eventually(lambda: account(server).requests == 0)
+        assert (await client.generate(id="g", prompt="hello"))["error"]["code"] == "rate_limited"
+
+
+async def test_what_is_over_when_all_have_gone_is_nothing() -> None:
+    async with running() as server:
+        for _ in range(3):
+            async with server.client() as client:
+                await client.generate(prompt="hello")
+                await client.send(type="generate", prompt="x" * 1000, ignore_eos=True)
+                await client.until("started")
+        await let_in(server, 0)
+        await eventually(lambda: not account(server).used)
