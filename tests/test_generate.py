@@ -282,7 +282,8 @@ async def test_a_place_in_line_that_has_not_changed_is_not_told_again() -> None:
 
 
 async def test_a_full_line_refuses_and_serves_those_in_it() -> None:
-    async with scripted(max_active=1) as (server, model), server.client() as a, server.client() as b:
+    limits = {"max_requests_per_key": 258, "max_queued_per_key": 258}
+    async with scripted(max_active=1, **limits) as (server, model), server.client() as a, server.client() as b:
         for client in (a, b):
             for number in range(129):
                 await client.send(type="generate", id=f"g{number}", prompt="x")
@@ -295,7 +296,7 @@ async def test_a_full_line_refuses_and_serves_those_in_it() -> None:
 
 
 async def test_more_at_once_than_a_connection_may_have_are_refused() -> None:
-    async with scripted() as (server, model), server.client() as client:
+    async with scripted(max_queued_per_key=256) as (server, model), server.client() as client:
         for number in range(257):
             await client.send(type="generate", id=f"g{number}", prompt="x")
         assert (await client.until("done"))["error"]["code"] == "overloaded"

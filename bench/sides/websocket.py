@@ -92,6 +92,18 @@ class WebSocketSide(Side):
         await super().stop()
 
 
+# All the load comes from one address.
+ONE_CLIENT_MAY = {
+    "max-connections": "100000",
+    "max-connections-per-address": "100000",
+    "handshakes-per-second": "100000",
+    "messages-per-second": "100000",
+    "max-requests-per-key": "100000",
+    "max-queued-per-key": "100000",
+    "tokens-per-minute": "1000000000",
+}
+
+
 def wsserver(setting: Setting, module: str = "wsserver", *before: str, name: str = "wsserver") -> WebSocketSide:
     """Give our server, as its users start it."""
     options = {
@@ -103,5 +115,6 @@ def wsserver(setting: Setting, module: str = "wsserver", *before: str, name: str
         "threads": str(setting.threads),
         "decode": setting.decode,
         "log-level": "warning",
+        **ONE_CLIENT_MAY,
     }
     return WebSocketSide(name, setting, module, *before, *(f"--{key}={value}" for key, value in options.items()))

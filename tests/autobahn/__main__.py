@@ -22,6 +22,8 @@ EXCLUDED = [
     "13.*",  # the same, with parameters
 ]
 WSSERVER = ("wsserver", "--model", "wsserver/echo", "--port", "0", "--echo-path", "on", "--log-level", "warning")
+# Hundreds of connections in a few seconds, and in some of them more frames than a client sends.
+MAY = ("--handshakes-per-second", "1000", "--messages-per-second", "10000")
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def fuzz(wstest: str, urls: dict[str, str]) -> None:
 
 def main(wstest: str) -> int:
     (FOLDER / "index.json").unlink(missing_ok=True)
-    with serving(*WSSERVER) as ours, serving("tests.autobahn.bare_echo") as bare:
+    with serving(*WSSERVER, *MAY) as ours, serving("tests.autobahn.bare_echo") as bare:
         fuzz(str(Path(wstest).absolute()), {OURS: ours.replace("/ws", "/echo"), BARE: bare})
     reports = json.loads((FOLDER / "index.json").read_text())
     for agent in (OURS, BARE):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench.sides.websocket import ONE_CLIENT_MAY
 from tests.asked import Resumable
 from tests.conftest import ECHO, Client
 from tests.test_main import Process, process
@@ -46,7 +47,8 @@ class Held:
 async def serving(tmp_path: Path) -> AsyncIterator[Process]:
     """Run a server whose model takes its time."""
     options = ("--model", ECHO, "--port", "0", "--max-active", "8", "--log-level", "warning")
-    async with process(tmp_path, sys.executable, "-m", "bench.sides.paced_echo", PACE, *options) as running:
+    may = [f"--{name}={value}" for name, value in ONE_CLIENT_MAY.items()]
+    async with process(tmp_path, sys.executable, "-m", "bench.sides.paced_echo", PACE, *options, *may) as running:
         assert "serving" in await running.says()
         yield running
 
