@@ -19,7 +19,7 @@ help:
 	@echo "make torture  run the tests that take many minutes"
 	@echo "make autobahn run the Autobahn testsuite against the server, and beside it the bare library; needs Python 2.7"
 	@echo "make bench    measure the server beside its peers; ARGS=--quick only tries"
-	@echo "make check    check format, style and types"
+	@echo "make check    check format, style, types, and for what is known to be unsafe"
 	@echo "make format   format the code"
 	@echo "make clean    remove .venv, the default model and Gemma"
 
@@ -44,6 +44,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive wsserver handlers LLM
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .

@@ -1,5 +1,6 @@
 """`generate`: from a message to a generation request, and from its parts to frames."""
 
+import logging
 import time
 from contextlib import AsyncExitStack
 from dataclasses import fields, replace
@@ -29,6 +30,8 @@ from wsserver.protocol import (
 )
 from wsserver.session import Session
 
+log = logging.getLogger(__name__)
+
 
 def generate(message: Generate, peer: Peer, models: ModelService) -> None:
     """Begin a generation with the model that this connection's last init chose."""
@@ -43,10 +46,12 @@ async def _serve(
     try:
         # Used from here to the end of the stream, so that it is not unloaded before the stream is open.
         async with AsyncExitStack() as use:
-            prepare = _prepare(message, session.id, models, spec, job, use)
+            prepare = _prepare(message, session, models, spec, job, use)
             model, request = await until_stopped(job, prepare, deadline - time.monotonic())
-            request = _within_limits(replace(request, owner=session.id, deadline=deadline), message, session)
-            await _stream(model, request, job, _Answer(job.id, spec.model, read_at))
+            scope = "" if session.server.config.share_prefixes else ":".join(session.owner)
+            request = replace(request, owner=session.id, deadline=deadline, cache_scope=scope)
+            request = _within_limits(request, message, session)
+            await _stream(model, request, job, session, _Answer(job.id, spec.model, read_at))
     except Stopped:
         # Whatever this says, the session makes it the done of a stop.
         job.send(job.unfinished("cancelled", _ms_since(read_at)))
@@ -57,7 +62,7 @@ async def _serve(
 
 
 async def _prepare(
-    message: Generate, session_id: str, models: ModelService, spec: ModelSpec, job: Job, use: AsyncExitStack
+    message: Generate, session: Session, models: ModelService, spec: ModelSpec, job: Job, use: AsyncExitStack
 ) -> tuple[Model, engine.GenerationRequest]:
     """Wait for the model and make the prompt's tokens."""
 
@@ -66,7 +71,8 @@ async def _prepare(
 
     model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
-    return model, await model.request((session_id, job.id), prompt, _options(message))
+    _log_content(session, job, "asks", prompt)
+    return model, await model.request((session.id, job.id), prompt, _options(message))
 
 
 def _within_limits(request: engine.GenerationRequest, message: Generate, session: Session) -> engine.GenerationRequest:
@@ -88,11 +94,19 @@ def _within_limits(request: engine.GenerationRequest, message: Generate, session
     return replace(request, max_tokens=min(request.max_tokens, config.max_tokens))
 
 
-async def _stream(model: Model, request: engine.GenerationRequest, job: Job, answer: "_Answer") -> None:
+async def _stream(model: Model, request: engine.GenerationRequest, job: Job, session: Session, answer: "_Answer") -> None:
     async with model.engine.open(request) as stream:
         job.on_stop(partial(model.engine.cancel, request.key))
         async for part in stream:
+            if isinstance(part, engine.Delta):
+                _log_content(session, job, "is answered", part.text)
             job.send(answer.frame(part))
+
+
+def _log_content(session: Session, job: Job, what: str, content: object) -> None:
+    """Log what was written, if the operator wants that: escaped, since it is a client's or a model's own."""
+    if session.server.config.log_content:
+        log.debug("session %s: %r %s %r", session.id, job.id, what, content)
 
 
 def _conversation(message: Generate) -> list[ChatMessage]:

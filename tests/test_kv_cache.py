@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from LLM.engine.kv_cache import ROOT, BlockPool, Hash, chain
+from LLM.engine.kv_cache import ROOT, BlockPool, Hash, chain, root
 
 SIZE = 2
 Text = tuple[int, ...]
@@ -48,6 +48,13 @@ def test_a_hash_tells_ids_of_any_size_and_order_apart(ids: Text) -> None:
     assert chain(ROOT, ids) == chain(ROOT, list(ids))
     assert chain(ROOT, ids) not in {chain(ROOT, other) for other in others}
     assert chain(chain(ROOT, ids), ids) != chain(ROOT, ids + ids)
+
+
+@given(st.text(max_size=3), st.text(max_size=3), texts.filter(lambda text: len(text) >= SIZE))
+def test_sequences_of_two_scopes_share_no_block_and_those_of_one_do(one: str, other: str, text: Text) -> None:
+    block = text[:SIZE]
+    assert (chain(root(one), block) == chain(root(other), block)) == (one == other)
+    assert chain(root(one), block) != chain(chain(root(other), block), block)
 
 
 @pytest.mark.parametrize(

@@ -611,11 +611,25 @@ def test_the_templates_own_words_reach_the_client(folder: Path):
         text_of(load(folder, CPU, silent), ("user", "Why?"))
 
 
-def test_a_template_cannot_reach_python(folder: Path):
-    holding("chat_template.jinja", "{{ messages.__class__.__mro__[1].__subclasses__() }}")(folder)
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ (messages|attr('__class__')).__name__ }}",
+        "{{ messages['__class__'].mro() }}",
+        "{{ raise_exception.__globals__['__builtins__'] }}",
+        "{{ raise_exception.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('id') }}",
+        "{{ '{0.__class__.__mro__}'.format(messages).no.no }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_cannot_reach_python(folder: Path, template: str):
+    holding("chat_template.jinja", template)(folder)
     with pytest.raises(Refused) as refused:
         text_of(load(folder, CPU, silent), ("user", "Why?"))
     assert refused.value.reason == "bad_message"
+    assert_fit_for_any_client(refused.value, folder)
 
 
 def test_a_folder_without_a_template_serves_prompts_only(folder: Path):

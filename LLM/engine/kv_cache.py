@@ -12,7 +12,12 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 Hash = bytes
-ROOT: Hash = b""  # the hash before a sequence's first block
+ROOT: Hash = b""  # the hash before a sequence's first block, where all may share
+
+
+def root(scope: str) -> Hash:
+    """Give the hash before a sequence's first block where only sequences of the same scope may share blocks."""
+    return blake2b(scope.encode(), digest_size=16).digest() if scope else ROOT
 
 
 def chain(parent: Hash, token_ids: Sequence[int]) -> Hash:

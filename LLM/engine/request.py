@@ -34,7 +34,8 @@ class GenerationRequest:
     `key` names the request to the engine and must be unique among those open. `end_token_ids` end the text and are
     never shown; they, and they alone, are held off until `min_tokens` tokens exist. `logprobs` is how many alternatives to
     tell with each token's log probability, None for no log probabilities at all. At `deadline`, in seconds of the
-    monotonic clock, the request ends wherever it is.
+    monotonic clock, the request ends wherever it is. What it leaves in the KV cache is found by requests of the same
+    `cache_scope` alone.
     """
 
     key: Hashable
@@ -47,6 +48,7 @@ class GenerationRequest:
     logprobs: int | None = None
     deadline: float | None = None
     owner: Hashable = None
+    cache_scope: str = ""
 
     @property
     def most_tokens(self) -> int:

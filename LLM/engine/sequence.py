@@ -4,7 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from LLM.engine.kv_cache import ROOT, Hash, chain
+from LLM.engine.kv_cache import Hash, chain, root
 from LLM.engine.request import GenerationRequest
 
 
@@ -100,7 +100,7 @@ class Sequence:
     def block_hash(self, index: int, block_size: int) -> Hash:
         """Give the hash of one of its blocks, which must be full; it and those before it are computed once, and only now."""
         for i in range(len(self._hashes), index + 1):
-            parent = self._hashes[-1] if self._hashes else ROOT
+            parent = self._hashes[-1] if self._hashes else root(self.request.cache_scope)
             self._hashes.append(chain(parent, self.token_ids[i * block_size : (i + 1) * block_size]))
         return self._hashes[index]
 
