@@ -97,6 +97,7 @@ async def serving(tmp_path: Path, *options: str) -> AsyncIterator[Process]:
 
 async def test_it_says_where_it_serves_and_how_to_try_it_and_answers(tmp_path: Path):
     async with serving(tmp_path) as running, running.client() as client:
+        assert await running.says() == f"chat: {running.url.replace('ws://', 'http://').removesuffix('ws')}"
         message, url = re.fullmatch(r"try:  echo '(\{.*\})' \| websocat -n (ws://\S+)", running.said[1]).groups()
         assert url == running.url
         await client.send(**json.loads(message))

@@ -97,6 +97,7 @@ async def serve(config: Config) -> bool:
         if load.done():
             _say(f"serving {', '.join(map(_in_words, load.result()))} at {_url(config.host, server.port)}")
             _say(_how_to_try(config.host, server.port))
+            _say(f"chat: {_page(_url(config.host, server.port))}")
             await stopped
         load.cancel()
         _say("stopping: running generations may finish")
@@ -159,6 +160,10 @@ def _become_fetch(arguments: list[str]) -> NoReturn:
 def _url(host: str, port: int) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"ws://{shown}:{port}/ws"
+
+
+def _page(url: str) -> str:
+    return url.replace("ws", "http", 1).removesuffix("ws")
 
 
 def _how_to_try(host: str, port: int) -> str:

@@ -21,6 +21,7 @@ from wsserver.config import Config
 from wsserver.connection import CLOSE_TIMEOUT, Connection, Dispatch
 from wsserver.liveness import Liveness, ping_interval
 from wsserver.outbox import Outbox
+from wsserver.pages import load_pages
 from wsserver.protocol import MAX_MESSAGE_BYTES, SUBPROTOCOL, CloseCode
 from wsserver.resumables import Resumables
 from wsserver.session import ServerState, Session
@@ -36,8 +37,8 @@ PONG_WITHIN = 20.0
 CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
-INDEX = (
-    "wsserver speaks WebSocket at /ws; protocol.md describes the messages. "
+USAGE = (
+    "The chat page is at /, the WebSocket at /ws; protocol.md describes the messages. "
     "GET /healthz says whether it is up, GET /readyz whether it can serve.\n"
 )
 
@@ -52,6 +53,7 @@ class Server:
         self._dispatch = dispatch
         # What keeps it from serving, in words; None if nothing does.
         self._problem = problem
+        self._pages = load_pages()
         self._connections: dict[Connection, Liveness] = {}
         self._listener: WebSocketServer
         self._next_look: asyncio.TimerHandle
@@ -161,10 +163,10 @@ class Server:
                 problem = "the server is stopping" if self.state.draining else self._problem()
                 status = http.HTTPStatus.SERVICE_UNAVAILABLE if problem else http.HTTPStatus.OK
                 return client.respond(status, f"{problem or 'ready'}\n")
-            case "/":
-                return client.respond(http.HTTPStatus.OK, INDEX)
+            case path if page := self._pages.get(path):
+                return page.response()
             case _:
-                return client.respond(http.HTTPStatus.NOT_FOUND, INDEX)
+                return client.respond(http.HTTPStatus.NOT_FOUND, USAGE)
 
 
 def _path(request: Request | None) -> str:
