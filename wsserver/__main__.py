@@ -168,7 +168,7 @@ def _url(host: str, port: int) -> str:
 
 def _how_to_try(host: str, port: int) -> str:
     message = '{"type":"generate","prompt":"The capital of France is","max_tokens":32}'
-    return f"try:  echo '{message}' | websocat -n {_url(host, port)}"
+    return f"try:  echo '{message}' | websocat -n '{_url(host, port)}?once=1'"
 
 
 def _say(line: str) -> None:
