@@ -32,7 +32,7 @@ test: .venv/installed-dev $(MODEL) $(GEMMA)
 	$(BIN)/python -m pytest
 
 torture: .venv/installed-dev $(MODEL)
-	$(BIN)/python -m pytest -m torture
+	$(BIN)/python -m pytest -m torture -o faulthandler_timeout=0
 
 autobahn: .venv/installed-dev $(AUTOBAHN)/installed
 	$(BIN)/python -m tests.autobahn $(AUTOBAHN)/bin/wstest

@@ -23,6 +23,8 @@ FOLLOWERS = {
 }
 OF_LOAD = {"loading", "ready"}
 OF_GENERATION = {"queued", "started", "prefill", "token", "done", "detached"}
+# What may be said to a message when it is read.
+REFUSALS = {"bad_message", "duplicate_id", "rate_limited", "overloaded", "shutting_down"}
 FINISH_REASONS = {"stop", "length", "cancelled", "timeout", "shutdown", "error"}
 
 
@@ -238,7 +240,11 @@ class Checker:
         # Ids of generations and of resumes are told apart by what the error says, or by what else it could answer.
         if code == "resume_expired" or frame["message"].startswith(("$.after_seq", "$.resume_token")):
             return True
-        return id in self._resumes and len(self.open.get(id, ())) <= 1
+        if code not in REFUSALS or id not in self._resumes:
+            return False
+        # Refusals come in the order of reading, and the first of the line is open.
+        newcomers = self.open.get(id, [])[1:]
+        return not newcomers or self._resumes[id][0][0] < newcomers[0].serial
 
     def _place_of_error(self, line: list[Asked], code: str, frame: dict[str, Any]) -> int:
         # An error answers a newcomer behind the open one and leaves that alone, or it ends the open one: only a load.

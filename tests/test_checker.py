@@ -58,6 +58,11 @@ FAIR = [
     (SEEN, [resume(3)], [expired()]),
     (SEEN, [resume(2), resume(3)], [{**error("bad_message", id="g"), "message": "$.after_seq: x"}, resumed(3), DONE]),
     (SEEN, [resume(3), resume(3)], [resumed(3), error("duplicate_id", id="g"), token(3, 2, "lo"), DONE]),
+    (
+        SEEN,  # what is asked anew may be let in where the resume before it was refused
+        [resume(3), resume(3), {**G, "resumable": True}, ASK],
+        [resumed(3), error("duplicate_id", id="g"), DONE, {**BEGUN, "resume_token": "u"}, status("g"), DONE],
+    ),
     ([*SEEN, token(3, 2, "lo"), DONE], [resume(1)], [resumed(1), token(1, 4, "ello"), DONE]),
     (SEEN, [resume(3)], [resumed(3), token(3), DETACHED]),
 ]
