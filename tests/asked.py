@@ -5,8 +5,19 @@ from typing import Any
 
 
 @dataclass(eq=False)
+class Seen:
+    """What all connections together have seen of one generation."""
+
+    text: str = ""
+    scored: list[dict[str, Any]] = field(default_factory=list)
+    # How much of the text there was at every seq at which a frame ended.
+    borders: dict[int, int] = field(default_factory=lambda: {0: 0})
+    cancelled: bool = False  # a cancel was sent on some connection that knew of it
+
+
+@dataclass(eq=False)
 class Asked:
-    """One init or generate that was sent, and what came of it."""
+    """One init or generate that was sent, and what came of it on one connection."""
 
     serial: int
     message: dict[str, Any]
@@ -16,23 +27,30 @@ class Asked:
     scored: list[dict[str, Any]] = field(default_factory=list)
     done: dict[str, Any] | None = None
     cancels_sent: list[int] = field(default_factory=list)
-    cancelled_before: bool = False  # a cancel was sent on a connection that had it before
-    # Of cancels sent on any connection that knew of it: all states of one generation share this.
-    cancelled_anywhere: list[bool] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
     cancel_was_read: bool = False
-    # How much of the text there was at every seq at which a frame began or would have, on any connection.
-    borders: dict[int, int] = field(default_factory=lambda: {0: 0})
 
     @property
     def kind(self) -> str:
         return self.message["type"]
 
+    def grew(self, seq: int, text: str) -> None:
+        """Take what a token frame adds; objects if another connection was told something else."""
+        self.next_seq, self.text, seen = seq, self.text + text, self.seen
+        shorter, longer = sorted((self.text, seen.text), key=len)
+        known = longer.startswith(shorter) and seen.borders.setdefault(seq, len(self.text)) == len(self.text)
+        assert known, f"another text than on another connection: {text!r} before seq {seq}"
+        if longer is self.text:
+            seen.text, seen.scored = self.text, self.scored
+
     def resumed(self, serial: int, seq: int, cancels: list[int]) -> "Asked":
         """Give what goes on from `seq` on another connection."""
-        state = replace(self, serial=serial, last="resumed", next_seq=seq, done=None, cancels_sent=cancels)
-        state.cancelled_before = self.cancelled_before or bool(self.cancels_sent)
-        state.text, state.scored = self.text[: self.borders[seq]], self.scored[:seq]
-        return state
+        seen = self.seen
+        text, scored = seen.text[: seen.borders[seq]], seen.scored[:seq]
+        seen.cancelled |= bool(self.cancels_sent)
+        return replace(
+            self, serial=serial, last="resumed", next_seq=seq, text=text, scored=scored, done=None, cancels_sent=cancels
+        )
 
 
 # What can be resumed, by id and token, as the last connection that served it has seen it.

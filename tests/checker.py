@@ -72,7 +72,7 @@ class Checker:
             self._cancels.append((serial, id))
             for (whose, _), known in self.resumable.items():
                 if id in (None, whose):
-                    known.cancelled_anywhere.append(True)
+                    known.seen.cancelled = True
             for asked in self._pending(id):
                 asked.cancels_sent.append(serial)
 
@@ -189,10 +189,7 @@ class Checker:
             for entry in entries:
                 _scored(entry, wanted)
             asked.scored += entries
-        asked.next_seq += frame["n"]
-        asked.text += frame["text"]
-        border = asked.borders.setdefault(asked.next_seq, len(asked.text))
-        assert border == len(asked.text), f"another text than on the last connection: {frame}"
+        asked.grew(asked.next_seq + frame["n"], frame["text"])
 
     def _done(self, asked: Asked, frame: dict[str, Any]) -> None:
         reason, usage = frame["finish_reason"], frame["usage"]
@@ -200,7 +197,7 @@ class Checker:
         assert (reason == "error") == ("error" in frame), f"error and finish_reason disagree: {frame}"
         assert asked.next_seq <= usage["completion_tokens"], f"more tokens sent than made: {frame}"
         assert (reason == "cancelled") == ("cancel_ms" in frame["timings"]), f"cancel_ms without a cancel: {frame}"
-        wanted = asked.cancels_sent or asked.cancelled_before or asked.cancelled_anywhere
+        wanted = asked.cancels_sent or asked.seen.cancelled
         assert reason != "cancelled" or wanted, f"cancelled by nobody: {frame}"
         assert reason != "shutdown" or self._going_away, f"shutdown without goaway: {frame}"
         assert reason in ("cancelled", "shutdown") or not asked.cancel_was_read, f"the cancel had been read: {frame}"

@@ -94,6 +94,21 @@ def test_the_whole_text_is_known_after_a_resume() -> None:
     assert judge_of_the_second(SEEN, [resume(1)], [resumed(1), token(1, 4, "ello"), DONE]).texts == {"g": "hello"}
 
 
+def test_the_whole_text_is_known_though_a_connection_between_went_back_and_heard_little() -> None:
+    resumable: Resumable = {}
+    judge([R], SEEN, resumable)
+    judge([resume(1)], [resumed(1)], resumable)
+    assert judge([resume(3)], [resumed(3), token(3, 2, "lo"), DONE], resumable).texts == {"g": "hello"}
+
+
+def test_the_judge_remembers_a_text_that_only_another_connection_heard() -> None:
+    resumable: Resumable = {}
+    judge([R], SEEN, resumable)
+    judge([resume(1)], [resumed(1)], resumable)
+    with pytest.raises(AssertionError, match="another text"):
+        judge([resume(0)], [resumed(0), token(0, 4, "hull")], resumable)
+
+
 def test_a_cancel_on_the_connection_that_is_gone_may_end_it_on_the_next() -> None:
     resumable: Resumable = {}
     judge([R, CANCEL], SEEN, resumable)

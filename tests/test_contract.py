@@ -98,7 +98,7 @@ class Walk:
         keys = list(self.server.resumable)
         if keys:
             id, token = keys[-1 - nth % len(keys)]
-            borders = list(self.server.resumable[id, token].borders)
+            borders = list(self.server.resumable[id, token].seen.borders)
             seq = borders[-1 - place % len(borders)]
             await peer.ask(type="resume", id=id, resume_token=token, after_seq=seq)
 

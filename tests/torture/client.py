@@ -201,7 +201,7 @@ class TorturedClient:
                 continue
             self._line.resumed.add(id)
             self.counts["resumes"] += 1
-            seq = self._draw.choice(list(asked.borders)) if self._draw.random() < 0.3 else asked.next_seq
+            seq = self._draw.choice(list(asked.seen.borders)) if self._draw.random() < 0.3 else asked.next_seq
             if self._draw.random() < 0.1:
                 await self._line.send(type="resume", id=id, resume_token=token, after_seq=asked.next_seq + 100_000)
             if self._draw.random() < 0.1:
