@@ -29,7 +29,7 @@ serve: install
 install: .venv/installed $(MODEL)
 
 test: .venv/installed-dev $(MODEL) $(GEMMA)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 torture: .venv/installed-dev $(MODEL)
 	$(BIN)/python -m pytest -m torture -o faulthandler_timeout=0

@@ -219,7 +219,9 @@ def test_a_cut_rows_likeliest_token_has_the_smallest_numbers_and_its_least_likel
     for row, (first, last) in zip(batch, drawn_at([0.0, LARGEST_BELOW_1], batch), strict=True):
         shares = textbook(*row)
         assert shares[first] == shares.max()
-        assert 0 < shares[last] < shares[shares > 0].min() + 1e-5
+        # But for rounding: the likeliest may leave the others less than a float32 next to 1 can tell.
+        assert shares[last] > 0
+        assert shares[shares < shares[last]].sum() < 1e-5
 
 
 # Each parameter's ends.
