@@ -14,8 +14,9 @@ from wsserver.__main__ import main
 
 
 class PacedRunner(model_srv_wsserver_echo.EchoRunner):
-    """Ends every step at the next tick."""
+    """Ends every step at the next tick; its KV cache is soon full, so that memory that goes on growing is a leak."""
 
+    block_count = 8192
     tick = float(sys.argv.pop(1)) / 1000
     due = 0.0
 
