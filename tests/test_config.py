@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wsserver.config import COMMANDS, Config, Size, parse
+from wsserver.config import COMMANDS, Config, parse
+from wsserver.option_values import Size
 
 # Every option, with a value that is not its default, as it is written and as it is read.
 OPTIONS: dict[str, tuple[str, object]] = {

@@ -7,13 +7,13 @@ wrong key would keep the event loop busy.
 
 import hashlib
 import hmac
-import ipaddress
 import secrets
 from collections.abc import Mapping
 
 from websockets.datastructures import Headers
 from websockets.headers import parse_subprotocol
 
+from wsserver.limits import network_of
 from wsserver.protocol import BEARER_SUBPROTOCOL
 
 # Seconds in which wrong keys are counted together, and for which an address that sent too many is refused.
@@ -78,28 +78,15 @@ class Failures:
 
     def add(self, address: str, now: float) -> None:
         """Count a wrong key that came at `now` seconds."""
-        source = _source(address)
-        count, until = self._counted.pop(source, (0, 0.0))
+        network = network_of(address)
+        count, until = self._counted.pop(network, (0, 0.0))
         if now >= until:
             count, until = 0, now + WINDOW
-        self._counted[source] = (count + 1, now + WINDOW if count + 1 == self._limit else until)
+        self._counted[network] = (count + 1, now + WINDOW if count + 1 == self._limit else until)
         if len(self._counted) > MAX_REMEMBERED:
             del self._counted[next(iter(self._counted))]
 
     def wait(self, address: str, now: float) -> float:
         """Give the seconds after which an address may come again, 0 if it may."""
-        count, until = self._counted.get(_source(address), (0, 0.0))
+        count, until = self._counted.get(network_of(address), (0, 0.0))
         return max(until - now, 0.0) if count >= self._limit else 0.0
-
-
-def _source(address: str) -> str:
-    """Give what stands for an address: whoever has one of IPv6 has the other 2**64 of its network too."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address  # a socket that has none
-    if isinstance(ip, ipaddress.IPv4Address):
-        return str(ip)
-    if ip.ipv4_mapped:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(ip), 64), strict=False))

@@ -161,14 +161,18 @@ class Accounts:
 
 
 def address_of(peername: object) -> Owner:
-    """Give whose a peer's address is: an IPv4 address, or the /64 network in which one client may take any IPv6 address."""
-    host = str(peername[0]) if isinstance(peername, tuple) else ""
+    """Give whose a peer's address is."""
+    return Owner("address", network_of(str(peername[0]) if isinstance(peername, tuple) else ""))
+
+
+def network_of(address: str) -> str:
+    """Give what stands for an address: an IPv4 one itself, or the /64 network in which one client may take any of IPv6."""
     try:
-        address = ipaddress.ip_address(host)
+        ip = ipaddress.ip_address(address)
     except ValueError:
-        return Owner("address", host)  # a socket of this machine has none
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is None:
-            return Owner("address", str(ipaddress.IPv6Network((int(address), 64), strict=False)))
-        address = address.ipv4_mapped
-    return Owner("address", str(address))
+        return address  # a socket of this machine has none
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is None:
+            return str(ipaddress.IPv6Network((int(ip), 64), strict=False))
+        ip = ip.ipv4_mapped
+    return str(ip)
