@@ -11,6 +11,7 @@ from websockets.frames import Frame, Opcode
 
 from tests.conftest import Client, Running, eventually, running
 from tests.scripted import closing_code, in_engine, scripted
+from tests.test_auth import BOB, KEY, bearer, keys
 
 ELSEWHERE = ("127.0.0.2", 0)  # another address of this machine
 
@@ -233,6 +234,28 @@ async def test_the_connections_of_one_address_share_a_bound_of_requests() -> Non
             assert other.checker.texts == {"d": "hello"}
         await same.done("b")
         assert (await same.generate(id="e", prompt="hello"))["joined"] == "hello"
+
+
+async def test_a_key_shares_a_bound_from_wherever_it_comes_and_another_key_beside_it_has_its_own() -> None:
+    alice, bob = bearer(KEY), bearer(BOB)
+    async with scripted(keys=keys(), max_requests_per_key=1) as (server, model), server.client(**alice) as client:
+        await client.send(type="generate", id="a", prompt="hello")
+        await in_engine(server, 1)
+        async with server.client(local_addr=ELSEWHERE, **alice) as same, server.client(**bob) as other:
+            done = await same.generate(id="b", prompt="hello")
+            assert (done["error"]["code"], "1 requests of this client" in done["error"]["message"]) == ("overloaded", True)
+            model.open()
+            assert (await other.generate(id="c", prompt="hello"))["joined"] == "hello"
+        await client.done("a")
+        assert client.checker.texts == {"a": "hello"}
+
+
+async def test_tokens_of_a_key_are_counted_wherever_it_comes_from() -> None:
+    async with running(keys=keys(), tokens_per_minute=6) as server, server.client(**bearer(KEY)) as client:
+        assert (await client.generate(id="a", prompt="hello"))["joined"] == "hello"
+        async with server.client(local_addr=ELSEWHERE, **bearer(KEY)) as same, server.client(**bearer(BOB)) as other:
+            assert (await same.generate(id="b", prompt="hello"))["error"]["code"] == "rate_limited"
+            assert (await other.generate(id="c", prompt="hello"))["joined"] == "hello"
 
 
 async def test_requests_that_wait_have_a_bound_of_their_own() -> None:

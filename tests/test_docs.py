@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from tests.conftest import running
-from wsserver import protocol
+from wsserver import accepted, limits, protocol
 from wsserver.config import Config
 from wsserver.protocol import CloseCode, ErrorCode, FinishReason, Generate, Init, Resume, ServerMessage
 from wsserver.session import Session
@@ -117,6 +117,40 @@ def test_the_limits_that_protocol_md_names_are_those_of_the_code() -> None:
     bound = Session.__dataclass_fields__["max_bad_messages"].default
     assert f"{bound + 1} bad messages in a row" in PROTOCOL
     assert protocol.SUBPROTOCOL in PROTOCOL
+
+
+def of_rate(per_second: float, spare: int = 0) -> str:
+    return f"{per_second:g} a second, {limits.BURST_SECONDS * per_second + spare:g} at once"
+
+
+def test_a_limit_of_protocol_md_has_the_default_of_its_option() -> None:
+    config = Config()
+    in_words = {
+        "--max-auth-failures": f"{config.max_auth_failures} a minute",
+        "--handshakes-per-second": of_rate(config.handshakes_per_second),
+        "--messages-per-second": of_rate(config.messages_per_second),
+        "--tokens-per-minute": f"{config.tokens_per_minute:,} a minute",
+        "--max-prompt-tokens": "what the context has room for",
+        "--max-tokens": "what the context has room for",
+    }
+    for limit, default, option, _ in rows("limit"):
+        if option != "-" and not limit.startswith("frames"):
+            value = getattr(config, option[2:].replace("-", "_"))
+            assert default in ([in_words[option]] if option in in_words else [f"{value:.0f}", f"{value:,}"]), option
+
+
+def test_a_limit_of_protocol_md_without_an_option_is_the_code_s() -> None:
+    fixed = {default for _, default, option, _ in rows("limit") if option == "-"}
+    bad_messages = Session.__dataclass_fields__["max_bad_messages"].default
+    assert fixed == {f"{accepted.MAX_REQUEST_BYTES:,}", f"{bad_messages}", "128", "16, 256", "20"}
+    frames = of_rate(accepted.FRAMES_PER_MESSAGE * Config().messages_per_second, accepted.SPARE_FRAMES)
+    assert [default for limit, default, *_ in rows("limit") if limit.startswith("frames")] == [frames]
+
+
+def test_every_option_that_bounds_a_client_is_among_the_limits_of_protocol_md() -> None:
+    bounds = re.compile("max_(?!active)|_per_|_window|(auth|handshake|request|stall)_timeout")
+    options = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config) if bounds.search(f.name)}
+    assert {option for _, _, option, _ in rows("limit")} == options | {"-"}
 
 
 def test_the_options_that_the_readme_lists_are_those_there_are() -> None:
