@@ -10,12 +10,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The Autobahn testsuite is a Python 2.7 program. pyenv's launchers find one only where it is chosen, so pyenv is asked first.
 PYTHON2 ?= $(or $(wildcard $(shell pyenv prefix 2.7 2>/dev/null)/bin/python2.7),$(shell command -v python2.7 2>/dev/null))
 
-.PHONY: help serve install test torture autobahn bench check format clean
+.PHONY: help serve install test fuzz torture autobahn bench check format clean
 
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
 	@echo "make install  make .venv with the wsserver command in it, and put the default model into LLM/"
 	@echo "make test     run all tests; puts Gemma 3 270M into LLM/ too, 0.3 GB"
+	@echo "make fuzz     say a million random and mutated messages to the server's parts; takes some minutes"
 	@echo "make torture  run the tests that take many minutes"
 	@echo "make autobahn run the Autobahn testsuite against the server, and beside it the bare library; needs Python 2.7"
 	@echo "make bench    measure the server beside its peers; ARGS=--quick only tries"
@@ -30,6 +31,9 @@ install: .venv/installed $(MODEL)
 
 test: .venv/installed-dev $(MODEL) $(GEMMA)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+fuzz: .venv/installed-dev
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 torture: .venv/installed-dev $(MODEL)
 	$(BIN)/python -m pytest -m torture -o faulthandler_timeout=0
