@@ -2,16 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import InvalidStatus
 from websockets.frames import Frame, Opcode
 
 from tests.conftest import Client, Running, eventually, running
 from tests.scripted import closing_code, in_engine, scripted
 from tests.test_auth import BOB, KEY, bearer, keys
+from wsserver.accepted import Accepted
 
 ELSEWHERE = ("127.0.0.2", 0)  # another address of this machine
 
@@ -180,6 +182,22 @@ async def test_a_flood_of_frames_is_closed_and_another_connection_is_served(wire
         client.socket.transport.write(frame(Opcode.TEXT, b" ", fin=False) + wire * 5000)
         assert await closing_code(client) == 4429
         assert (await other.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_who_was_cut_off_is_read_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bool] = []
+
+    def reading(self: Accepted, data: bytes, read_by: Callable[[Any, bytes], None] = ServerConnection.data_received) -> None:
+        read.append(self._is_cut_off)
+        read_by(self, data)
+
+    monkeypatch.setattr(ServerConnection, "data_received", reading)
+    async with running(messages_per_second=1.0) as server, server.client() as client:
+        for _ in range(100):
+            client.socket.transport.write(1000 * frame(Opcode.TEXT, b"{}"))
+        assert await closing_code(client) == 4429
+    assert read
+    assert not any(read)
 
 
 async def test_a_frame_that_says_it_is_compressed_is_no_frame() -> None:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from wsserver import limits
 from wsserver.config import Config
-from wsserver.limits import Account, Accounts, Bill, Owner, TokenBucket, address_of, bucket
+from wsserver.limits import Account, Accounts, Bill, Owner, TokenBucket, address_of, bucket, weight
 
 EIGHTHS = st.integers(0, 40).map(lambda n: n / 8)  # of a second: what floats add exactly
 # What is asked of a bucket: after how many seconds, how much, and whether it is taken whatever there is.
@@ -86,6 +86,21 @@ def test_a_bucket_of_less_than_one_holds_one() -> None:
 def test_ten_seconds_worth_may_come_at_once() -> None:
     fast = bucket(3.0)
     assert [bool(fast.take(0.0)) for _ in range(31)] == [False] * 30 + [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("", 1),
+        (4095 * "x", 1),
+        (4096 * "x", 2),
+        (255 * "[" + 1000 * "]", 1),
+        (128 * "[{", 2),
+        (4096 * "{", 1 + 1 + 16),
+    ],
+)
+def test_a_message_counts_once_more_for_every_4_kib_and_for_every_256_brackets(text: str, counts: int) -> None:
+    assert weight(text) == counts
 
 
 # Accounts.

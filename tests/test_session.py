@@ -309,8 +309,8 @@ def paced(rate: float = 0.5, **settings: Any) -> Session:
     return Session("s", ServerState(0.0, 2, config=Config(messages_per_second=rate, **settings)))
 
 
-def say(session: Session, message: ClientMessage, now: float, length: int = 10) -> None:
-    session.heard(length, now)
+def say(session: Session, message: ClientMessage, now: float, text: str = "") -> None:
+    session.heard(text, now)
     session.understood(message, now)
 
 
@@ -334,10 +334,10 @@ def test_a_cancel_is_taken_at_any_rate() -> None:
         say(session, Cancel(), 0.0)
 
 
-def test_a_message_weighs_one_and_one_more_for_every_4_kib() -> None:
+def test_what_takes_long_to_read_weighs_more() -> None:
     session = paced()
-    say(session, Status(), 0.0, 4 * 4096 - 1)
-    say(session, Status(), 0.0, 4096)  # one was left, and another is owed
+    say(session, Status(), 0.0, 3 * 4096 * "x")
+    say(session, Status(), 0.0, 256 * "[")  # one was left, and another is owed
     with pytest.raises(Refusal) as refusal:
         say(session, Status(), 0.0)
     assert refusal.value.retry_after == 4.0
@@ -346,11 +346,11 @@ def test_a_message_weighs_one_and_one_more_for_every_4_kib() -> None:
 def test_only_early_messages_in_a_row_are_one_too_many() -> None:
     session = paced(rate=0.1)
     for now in (0.0, 10.0):
-        session.heard(1, now)
+        session.heard("", now)
         for _ in range(session.max_bad_messages):
-            session.heard(1, now)
+            session.heard("", now)
     with pytest.raises(TooManyMessages):
-        session.heard(1, 19.9)
+        session.heard("", 19.9)
 
 
 def test_a_client_that_had_too_many_tokens_may_ask_for_no_more_but_for_anything_else() -> None:

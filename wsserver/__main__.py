@@ -22,7 +22,7 @@ from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import Description, ModelSpec, Waiter
 from LLM.model_service import Keeping, ModelService
 from LLM.model_table import table
-from wsserver import key_command, protocol, tls
+from wsserver import key_command, open_files, protocol, tls
 from wsserver.auth import Keys
 from wsserver.config import BadSetting, Config, parse
 from wsserver.door import see_to_keys
@@ -61,6 +61,9 @@ def main() -> None:
 
 def run_server(config: Config) -> None:
     """Serve until a signal comes; an address that cannot be listened on is told in one line."""
+    allowed = open_files.allow(config.max_connections)
+    if allowed < config.max_connections:
+        log.warning("--max-connections: the system lets this process have %d connections (ulimit -n)", max(allowed, 0))
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             hangs = runner.run(serve(config))

@@ -71,8 +71,10 @@ class Accepted(ServerConnection):
                 self.transport.abort()
                 return
         for start in range(0, len(data), PIECE):
-            if not self.transport.is_closing():
-                super().data_received(data[start : start + PIECE])
+            # The library goes on to read whoever was cut off, once its messages before that have been taken.
+            if self._is_cut_off or self.transport.is_closing():
+                return
+            super().data_received(data[start : start + PIECE])
 
     def process_event(self, event: Event) -> None:
         """Count a frame; one too many ends the connection here and now, and what is still to be read is not."""

@@ -158,7 +158,7 @@ class Connection:
         session, now = self.peer.session, time.monotonic()
         try:
             try:
-                session.heard(len(text), now)
+                session.heard(text, now)
                 message = protocol.decode(text, session.server.config.max_json_depth)
                 session.authenticate(message, self._whose)
                 session.understood(message, now)

@@ -13,6 +13,9 @@ from wsserver.config import Config
 
 # How many seconds' worth a bucket holds: what may come at once after a quiet time.
 BURST_SECONDS = 10.0
+# For how many characters, and for how many brackets, a message counts once more: what takes long to read.
+LONG_MESSAGE = 4096
+MANY_BRACKETS = 256
 # Clients that are remembered; those who have nothing here go first.
 REMEMBERED = 10_000
 
@@ -53,6 +56,11 @@ class TokenBucket:
 def bucket(rate: float) -> TokenBucket:
     """Make a bucket that holds what comes in ten seconds."""
     return TokenBucket(rate, BURST_SECONDS * rate)
+
+
+def weight(text: str) -> int:
+    """Give for how many a message counts. Brackets may be text too: they are told apart only when it is read."""
+    return 1 + len(text) // LONG_MESSAGE + (text.count("[") + text.count("{")) // MANY_BRACKETS
 
 
 class Owner(NamedTuple):

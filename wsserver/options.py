@@ -175,8 +175,8 @@ GROUPS = {
             "messages-per-second",
             values.rate,
             "X",
-            "messages that a connection may send a second, a long one counted once more for every 4KiB; those of "
-            "ten seconds may come at once",
+            "messages that a connection may send a second, a long one counted once more for every 4KiB and for every "
+            "256 brackets; those of ten seconds may come at once",
         ),
         Option("max-requests-per-connection", values.positive, "N", "requests of one connection that run or wait"),
         Option(

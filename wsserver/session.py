@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from wsserver.config import Config
-from wsserver.limits import Account, Accounts, Owner, TokenBucket, address_of, bucket
+from wsserver.limits import Account, Accounts, Owner, TokenBucket, address_of, bucket, weight
 from wsserver.protocol import (
     Cancel,
     ClientMessage,
@@ -71,8 +71,6 @@ OPENING = {Init: Phase.LOADING, Generate: Phase.ACCEPTED, Resume: Phase.RESUMING
 
 KEY_FIRST = "this server asks for a key; send init with a token, or show the key when you connect"
 WRONG_KEY = "$.token: this key is wrong; ask the operator for one"
-# The length from which on a message counts for more than one.
-LONG_MESSAGE = 4096
 TOO_FAST = "this connection has sent too many messages in too short a time; send fewer"
 TOO_MANY_TOKENS = "this client has had too many tokens in the last minute, those of its prompts included"
 SHUTTING_DOWN = "this server is stopping; connect again in a moment"
@@ -168,13 +166,13 @@ class Session:
         if self.key is None:
             raise WrongKey("unauthenticated", WRONG_KEY, id)
 
-    def heard(self, length: int, now: float) -> None:
-        """Count a message of so many characters, read at `now` seconds, whatever it says.
+    def heard(self, text: str, now: float) -> None:
+        """Count a message, read at `now` seconds, whatever it says.
 
         Raises:
             TooManyMessages: it is one too many of those that came too fast, with none between that did not.
         """
-        self._wait = self._messages.take(now, 1 + length // LONG_MESSAGE)
+        self._wait = self._messages.take(now, weight(text))
         self._fast_messages = self._fast_messages + 1 if self._wait else 0
         if self._fast_messages > self.max_bad_messages:
             raise TooManyMessages
