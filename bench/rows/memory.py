@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import resource
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
@@ -12,9 +11,9 @@ from functools import partial
 from bench.load import Request
 from bench.runs import Measurement, Plan, Variant, alternate
 from bench.sides import ECHO, SIDES, paced_echo
-from bench.sides.process import SideFailed
+from bench.sides.process import SideFailed, may_open
 from bench.sides.side import Side
-from bench.sides.websocket import Client, WebSocketSide
+from bench.sides.websocket import HANDSHAKE, Client, WebSocketSide
 from bench.table import Row, single
 
 IDLE = 2000  # connections
@@ -24,10 +23,6 @@ SOAK_TICK = 50.0  # milliseconds of a step: 4000 tokens a second, of which a cor
 WARM_UP = 0.1  # share of a soak
 SAMPLES = 120  # of the memory in a soak
 KIB, MIB = 1 << 10, 1 << 20
-HANDSHAKE = (
-    "GET /ws HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-)
 
 
 @dataclass
@@ -58,7 +53,7 @@ class Soak:
 async def idle_memory(plan: Plan) -> list[Row]:
     """Measure the resident memory of the server's process per connection that has shaken hands and says nothing."""
     count = plan.pick(IDLE, 200)
-    if not _may_open(count):
+    if not may_open(count):
         return [Row("idle_memory", note=f"not allowed to open {count} files")]
     side = partial(SIDES["wsserver"], plan.setting(1, "auto", ECHO))
     runs = await alternate({"wsserver": Variant(side, partial(_kib_per_connection, count))}, plan.rounds)
@@ -75,16 +70,6 @@ async def soak(plan: Plan) -> list[Row]:
     if not (found := runs.found.get("wsserver")):
         return [Row("soak", note=runs.why_not("wsserver"))]
     return [single("soak", [found[0].growth], note=f"{seconds:.0f} s, {found[0].line()}")]
-
-
-def _may_open(count: int) -> bool:
-    """Let this process, and those it starts, open so many files and some more, if the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, count + 200)
-    if hard != resource.RLIM_INFINITY and wanted > hard:
-        return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return True
 
 
 async def _kib_per_connection(count: int, side: Side) -> float:

@@ -4,14 +4,14 @@ A library is called in a child process: its file ends in `serve(load)`, see `gen
 the bench has, see `openai.py` and `websocket.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from bench.sides.in_process import InProcess
 from bench.sides.openai import OpenAISide, transformers_serve
 from bench.sides.process import CACHE
 from bench.sides.side import Setting, Side
-from bench.sides.websocket import WebSocketSide, wsserver
+from bench.sides.websocket import ONE_CLIENT_MAY, WebSocketSide, wsserver
 
 ECHO = "wsserver/echo"
 METER = CACHE / "model_seconds"
@@ -31,9 +31,9 @@ SIDES: dict[str, Callable[[Setting], Side]] = {
 }
 
 
-def paced_echo(setting: Setting, milliseconds: float) -> WebSocketSide:
+def paced_echo(setting: Setting, milliseconds: float, limits: Mapping[str, str] = ONE_CLIENT_MAY) -> WebSocketSide:
     """Give wsserver with the echo model on a clock."""
-    return wsserver(setting, "bench.sides.paced_echo", str(milliseconds), name="wsserver, paced echo")
+    return wsserver(setting, "bench.sides.paced_echo", str(milliseconds), name="wsserver, paced echo", limits=limits)
 
 
 def metered(setting: Setting) -> WebSocketSide:

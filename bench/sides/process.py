@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +129,13 @@ def environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def may_open(count: int) -> bool:
+    """Let this process, and those it starts, open so many files and some more, if the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, count + 200)
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return True

@@ -1,7 +1,7 @@
 """What speaks our wire: `wsserver` itself, and stand-ins for it. The client is the bench's own; it knows protocol.md."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import orjson
@@ -11,6 +11,12 @@ from bench.load import Request
 from bench.measure import Trace
 from bench.sides.process import Process, SideFailed
 from bench.sides.side import Setting, Side
+
+# What opens a WebSocket, said to a host and port.
+HANDSHAKE = (
+    "GET /ws HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 
 class Client:
@@ -104,8 +110,14 @@ ONE_CLIENT_MAY = {
 }
 
 
-def wsserver(setting: Setting, module: str = "wsserver", *before: str, name: str = "wsserver") -> WebSocketSide:
-    """Give our server, as its users start it."""
+def wsserver(
+    setting: Setting,
+    module: str = "wsserver",
+    *before: str,
+    name: str = "wsserver",
+    limits: Mapping[str, str] = ONE_CLIENT_MAY,
+) -> WebSocketSide:
+    """Give our server, as its users start it but for its limits on one client."""
     options = {
         "port": "0",
         "model": setting.model,
@@ -115,6 +127,6 @@ def wsserver(setting: Setting, module: str = "wsserver", *before: str, name: str
         "threads": str(setting.threads),
         "decode": setting.decode,
         "log-level": "warning",
-        **ONE_CLIENT_MAY,
+        **limits,
     }
     return WebSocketSide(name, setting, module, *before, *(f"--{key}={value}" for key, value in options.items()))
