@@ -13,7 +13,7 @@ TURN = 0.0005
 FRAMES, SEED = 1_000_000, 1
 LIFE = 700  # frames of a connection at most: some come to the end of what they may send at once
 WARM_UP = 0.1  # share of the frames
-ROOM = 32 << 20  # bytes by which memory may grow after the warm-up
+ROOM = 16 << 20  # bytes by which memory may grow after the warm-up
 
 
 def resident() -> int:

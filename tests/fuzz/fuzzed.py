@@ -19,7 +19,10 @@ import msgspec
 from websockets.asyncio.server import ServerConnection
 
 from handlers import dispatcher
+from LLM._base_model_handler import LoadedModel, LoadOptions, Progress
+from LLM.listing import Listed
 from LLM.model_service import ModelService
+from LLM.model_srv_wsserver_echo import ModelHandler
 from tests.checker import Checker
 from tests.conftest import ECHO, eventually
 from tests.fuzz.messages import KEY, RESUME_TOKEN, RESUMED_ID
@@ -35,6 +38,7 @@ from wsserver.session import ServerState, Session
 CLIENTS = 50  # whose connections follow each other
 STRANGERS = 10  # one connection in so many comes without a key
 PACES = (2, 8, 32)  # frames that a connection says at once, in turn
+BLOCKS = 256  # of the KV cache
 PATIENCE = 60.0  # seconds for what was asked for to come to its end
 
 Hear = Callable[[ServerMessage, str], None]
@@ -67,6 +71,15 @@ class Fuzzed(Connection):
         """Hang up, and wait for what ends with that."""
         self.peer.leave()
         await self.peer.left()
+
+
+class SmallEcho(ModelHandler):
+    """The echo model with a KV cache that is soon full, so that memory soon stands still."""
+
+    def load(self, folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
+        loaded = super().load(folder, options, progress)
+        loaded.runner.block_count = BLOCKS
+        return loaded
 
 
 class Fuzz:
@@ -155,9 +168,10 @@ class Fuzz:
         if self._checker.open_questions():
             return
         if self.answers:
-            done, text = self._checker.dones.pop(), self._checker.texts.pop(f"good {self.answers}")
+            done, text = self._checker.dones[-1], self._checker.texts[f"good {self.answers}"]
             assert (done["finish_reason"], text) == ("stop", f"answer {self.answers}, untouched"), done
-        self._checker.ended.clear()
+        for seen in (self._checker.dones, self._checker.texts, self._checker.scored, self._checker.ended):
+            seen.clear()  # type: ignore[attr-defined]
         self.answers += 1
         ask = {"type": "generate", "id": f"good {self.answers}", "prompt": f"answer {self.answers}, untouched"}
         self._checker.sent(ask)
@@ -185,6 +199,7 @@ async def fuzzing() -> AsyncIterator[Fuzz]:
     config = Config(model=ECHO, max_tokens=64, tokens_per_minute=10**9)
     with tempfile.TemporaryDirectory() as nothing:
         models = ModelService(ECHO, load_options(config), engine_settings(config), Path(nothing))
+        models.listing[ECHO] = Listed(ECHO, SmallEcho, Path())
         try:
             fuzz = Fuzz(models, config)
             try:
