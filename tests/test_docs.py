@@ -123,6 +123,16 @@ def of_rate(per_second: float, spare: int = 0) -> str:
     return f"{per_second:g} a second, {limits.BURST_SECONDS * per_second + spare:g} at once"
 
 
+# Limits that follow from an option which is another's.
+DERIVED = {
+    "new connections of any kind of one address": of_rate(limits.CONNECTIONS_PER_HANDSHAKE * Config().handshakes_per_second),
+    "messages of one client, on all its connections": of_rate(limits.CONNECTIONS_HEARD * Config().messages_per_second),
+    "frames of one connection, pings and pieces of messages included": of_rate(
+        accepted.FRAMES_PER_MESSAGE * Config().messages_per_second, accepted.SPARE_FRAMES
+    ),
+}
+
+
 def test_a_limit_of_protocol_md_has_the_default_of_its_option() -> None:
     config = Config()
     in_words = {
@@ -134,7 +144,7 @@ def test_a_limit_of_protocol_md_has_the_default_of_its_option() -> None:
         "--max-tokens": "what the context has room for",
     }
     for limit, default, option, _ in rows("limit"):
-        if option != "-" and not limit.startswith("frames"):
+        if option != "-" and limit not in DERIVED:
             value = getattr(config, option[2:].replace("-", "_"))
             assert default in ([in_words[option]] if option in in_words else [f"{value:.0f}", f"{value:,}"]), option
 
@@ -143,8 +153,8 @@ def test_a_limit_of_protocol_md_without_an_option_is_the_code_s() -> None:
     fixed = {default for _, default, option, _ in rows("limit") if option == "-"}
     bad_messages = Session.__dataclass_fields__["max_bad_messages"].default
     assert fixed == {f"{accepted.MAX_REQUEST_BYTES:,}", f"{bad_messages}", "128", "16, 256", "20"}
-    frames = of_rate(accepted.FRAMES_PER_MESSAGE * Config().messages_per_second, accepted.SPARE_FRAMES)
-    assert [default for limit, default, *_ in rows("limit") if limit.startswith("frames")] == [frames]
+    told = {limit: default for limit, default, *_ in rows("limit")}
+    assert {limit: told[limit] for limit in DERIVED} == DERIVED
 
 
 def test_every_option_that_bounds_a_client_is_among_the_limits_of_protocol_md() -> None:

@@ -114,13 +114,13 @@ def test_connections_of_one_address_are_turned_away_at_its_bound_and_of_all_at_t
     assert [accounts.enter(B, 0.0), accounts.enter(A, 0.0)] == [None, HTTPStatus.SERVICE_UNAVAILABLE]
 
 
-def test_handshakes_are_counted_by_the_second_also_those_of_connections_that_have_gone() -> None:
+def test_arrivals_are_counted_by_the_second_also_those_of_connections_that_have_gone() -> None:
     accounts = Accounts(CONFIG)
-    for _ in range(10):
+    for _ in range(100):
         assert accounts.enter(A, 0.0) is None
         accounts.leave(A)
-    assert accounts.enter(A, 0.5) is HTTPStatus.TOO_MANY_REQUESTS
-    assert accounts.enter(A, 1.0) is None
+    assert accounts.enter(A, 0.05) is HTTPStatus.TOO_MANY_REQUESTS
+    assert accounts.enter(A, 0.1) is None
     assert accounts.enter(B, 1.0) is None
 
 

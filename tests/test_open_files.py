@@ -7,6 +7,7 @@ import pytest
 
 from tests.test_main import COMMAND, ON_ECHO, process
 from wsserver import open_files
+from wsserver.config import Config
 from wsserver.open_files import SPARE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -37,10 +38,10 @@ def test_as_many_as_are_needed_are_allowed_and_never_fewer_than_before(
     assert soft() == soft_after
 
 
-@pytest.mark.parametrize(("hard", "told"), [(2000, False), (500, True)])
+@pytest.mark.parametrize(("hard", "told"), [(3000, False), (500, True)])
 async def test_a_server_takes_what_it_may_and_says_if_that_is_not_enough(tmp_path: Path, hard: int, told: bool) -> None:
     limited = f'ulimit -Sn 100; ulimit -Hn {hard}; exec "$@"'
     async with process(tmp_path, "sh", "-c", limited, "sh", *COMMAND, *ON_ECHO) as server:
         assert "serving" in await server.says()
-        assert may_open(server.process.pid) == min(1000 + SPARE, hard)
+        assert may_open(server.process.pid) == min(Config().max_connections + SPARE, hard)
         assert (f"--max-connections: the system lets this process have {hard - SPARE} connections" in server.stderr) is told

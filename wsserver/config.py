@@ -74,8 +74,8 @@ class Config:
     drain_timeout: float = 30.0
     max_message_bytes: int = Size(protocol.MAX_MESSAGE_BYTES)
     max_json_depth: int = 64
-    max_connections: int = 1000
-    max_connections_per_address: int = 100
+    max_connections: int = 2000
+    max_connections_per_address: int = 400
     handshakes_per_second: float = 10.0
     handshake_timeout: float = 10.0
     messages_per_second: float = 50.0

@@ -13,6 +13,10 @@ from wsserver.config import Config
 
 # How many seconds' worth a bucket holds: what may come at once after a quiet time.
 BURST_SECONDS = 10.0
+# How many connections an address may open for each of its handshakes: a page is made of many files, each on one of its own.
+CONNECTIONS_PER_HANDSHAKE = 10
+# How many connections' messages one client may send on all of its connections: without that a new one would start anew.
+CONNECTIONS_HEARD = 10
 # For how many characters, and for how many brackets, a message counts once more: what takes long to read.
 LONG_MESSAGE = 4096
 MANY_BRACKETS = 256
@@ -77,7 +81,9 @@ class Account:
         self.connections = 0
         self.requests = 0  # those that wait and those that run
         self.queued = 0  # of them, those that wait
+        self.arrivals = bucket(CONNECTIONS_PER_HANDSHAKE * config.handshakes_per_second)
         self.handshakes = bucket(config.handshakes_per_second)
+        self.messages = bucket(CONNECTIONS_HEARD * config.messages_per_second)
         self.tokens = TokenBucket(config.tokens_per_minute / 60, config.tokens_per_minute)
         self._config = config
 
@@ -149,7 +155,7 @@ class Accounts:
         if self.connections >= self._config.max_connections:
             return HTTPStatus.SERVICE_UNAVAILABLE
         account = self.of(address)
-        if account.connections >= self._config.max_connections_per_address or account.handshakes.take(now):
+        if account.connections >= self._config.max_connections_per_address or account.arrivals.take(now):
             return HTTPStatus.TOO_MANY_REQUESTS
         account.connections += 1
         self.connections += 1

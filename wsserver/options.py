@@ -168,7 +168,8 @@ GROUPS = {
             "handshakes-per-second",
             values.rate,
             "X",
-            "new connections from one address a second; those of ten seconds may come at once",
+            "new WebSockets from one address a second, and ten times as many connections of any kind; those of ten "
+            "seconds may come at once",
         ),
         Option("handshake-timeout", values.span, "S", "seconds after which a handshake that is not finished is given up"),
         Option(
@@ -176,7 +177,8 @@ GROUPS = {
             values.rate,
             "X",
             "messages that a connection may send a second, a long one counted once more for every 4KiB and for every "
-            "256 brackets; those of ten seconds may come at once",
+            "256 brackets; those of ten seconds may come at once, and one client's connections together may send what ten "
+            "may",
         ),
         Option("max-requests-per-connection", values.positive, "N", "requests of one connection that run or wait"),
         Option(

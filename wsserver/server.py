@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http
 import logging
+import math
 import secrets
 import ssl
 import time
@@ -43,6 +44,7 @@ PONG_WITHIN = 20.0
 CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
+TOO_MANY_HANDSHAKES = "too many WebSockets were opened from this address; try again later"
 INDEX = (
     "wsserver speaks WebSocket at /ws; protocol.md describes the messages. "
     "GET /healthz says whether it is up, GET /readyz whether it can serve.\n"
@@ -195,15 +197,23 @@ class Server:
                 return client.respond(status, f"{problem or 'ready'}\n")
         # Who comes to /ws without a key may send it in an init.
         keyless = path == WS_PATH or (self._config.open_http and path != ECHO_PATH)
+        websocket = path == WS_PATH or (path == ECHO_PATH and self._config.echo_path)
         try:
+            if websocket:
+                self._count_handshake(client)
             client.username = self._door.admit(request.headers, _address(client), client.local_address[1], keyless) or ""
         except Denied as denied:
             response = client.respond(denied.status, f"{denied.reason}\n")
             response.headers.update(denied.headers)
             return response
-        if path == WS_PATH or (path == ECHO_PATH and self._config.echo_path):
+        if websocket:
             return None  # without a handshake the library answers 426
         return client.respond(http.HTTPStatus.OK if path == "/" else http.HTTPStatus.NOT_FOUND, INDEX)
+
+    def _count_handshake(self, client: ServerConnection) -> None:
+        account = self.state.accounts.of(address_of(client.remote_address))
+        if wait := account.handshakes.take(time.monotonic()):
+            raise Denied(http.HTTPStatus.TOO_MANY_REQUESTS, TOO_MANY_HANDSHAKES, Retry_After=str(math.ceil(wait)))
 
 
 def _path(request: Request | None) -> str:

@@ -71,7 +71,7 @@ OPENING = {Init: Phase.LOADING, Generate: Phase.ACCEPTED, Resume: Phase.RESUMING
 
 KEY_FIRST = "this server asks for a key; send init with a token, or show the key when you connect"
 WRONG_KEY = "$.token: this key is wrong; ask the operator for one"
-TOO_FAST = "this connection has sent too many messages in too short a time; send fewer"
+TOO_FAST = "this connection, or all of this client's, have sent too many messages in too short a time; send fewer"
 TOO_MANY_TOKENS = "this client has had too many tokens in the last minute, those of its prompts included"
 SHUTTING_DOWN = "this server is stopping; connect again in a moment"
 
@@ -172,7 +172,8 @@ class Session:
         Raises:
             TooManyMessages: it is one too many of those that came too fast, with none between that did not.
         """
-        self._wait = self._messages.take(now, weight(text))
+        counts = weight(text)
+        self._wait = self._messages.take(now, counts) or self.account.messages.take(now, counts)
         self._fast_messages = self._fast_messages + 1 if self._wait else 0
         if self._fast_messages > self.max_bad_messages:
             raise TooManyMessages
