@@ -1,34 +1,19 @@
-"""Stream an answer, whatever happens to the connection, and stop it. Needs a running server and `pip install websockets`."""
+"""Stream an answer, whatever happens to the connection, and stop it. Needs a running server."""
 
 import asyncio
-import json
 import sys
 
-from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from wsserver.client import connect
 
 
 async def main(url: str = "ws://127.0.0.1:41443/ws") -> None:
-    ask = {"type": "generate", "id": "g1", "prompt": "Once upon a time", "max_tokens": 500, "resumable": True}
-    async for server in connect(url):  # and again, after a growing delay, when the connection is lost
-        try:
-            await server.send(json.dumps(ask))
-            async for data in server:
-                frame = json.loads(data)
-                if frame["type"] == "started":
-                    ask = {"type": "resume", "id": "g1", "resume_token": frame["resume_token"], "after_seq": 0}
-                elif frame["type"] == "token":
-                    print(frame["text"], end="", flush=True)
-                    ask["after_seq"] = frame["seq"] + frame["n"]
-                    if frame["seq"] >= 20:
-                        await server.send(json.dumps({"type": "cancel", "id": "g1"}))
-                elif frame["type"] == "done":
-                    print(f"\n[{frame['finish_reason']} after {frame['usage']['completion_tokens']} tokens]")
-                    return
-                elif frame["type"] == "error" and frame["code"] != "not_active":
-                    sys.exit(f"\n{frame['message']}")
-        except ConnectionClosed:
-            continue
+    async with connect(url) as server:
+        answer = server.generate(prompt="Once upon a time", max_tokens=500)
+        async for token in answer:
+            print(token, end="", flush=True)
+            if answer.tokens > 20:
+                answer.cancel()
+        print(f"\n[{answer.done.finish_reason} after {answer.done.usage.completion_tokens} tokens]")
 
 
 asyncio.run(main(*sys.argv[1:]))

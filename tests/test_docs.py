@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -195,7 +196,10 @@ def test_the_browser_example_in_the_readme_is_the_file() -> None:
 async def test_the_python_example_streams_and_stops() -> None:
     async with running() as server:
         example = str(ROOT / "examples/stream_and_stop.py")
-        process = await asyncio.create_subprocess_exec(sys.executable, example, server.url, stdout=subprocess.PIPE)
+        beside = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, example, server.url, stdout=subprocess.PIPE, env=beside
+        )
         printed, _ = await process.communicate()
     # The echo model repeats the 16 bytes of the prompt and ends; the example cancels only what is longer.
     assert (printed.decode(), process.returncode) == ("Once upon a time\n[stop after 17 tokens]\n", 0)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import sys
@@ -52,7 +53,8 @@ async def cut_in_the_middle(server: Running, model: ScriptedModel) -> AsyncItera
 
 
 async def printed_by(*command: str) -> str:
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    beside = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=beside)
     async with asyncio.timeout(60):
         printed, _ = await process.communicate()
     assert process.returncode == 0

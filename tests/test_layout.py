@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def light_modules_reach_no_torch(modules: Modules) -> list[str]:
     light = ["LLM._base_model_handler", "LLM.model_srv_wsserver_echo", "wsserver.__main__"]
     light += [f"LLM.engine.{name}" for name in pure]
     return [f"{name} reaches {found}" for name in light for found in heavy & reached(modules, name)]
+
+
+def the_client_is_light(modules: Modules) -> list[str]:
+    own = {"websockets", "orjson", "msgspec", *sys.stdlib_module_names}
+    return [
+        f"{module} imports {name}"
+        for module in reached(modules, "wsserver.client") & modules.keys()
+        for name in imports(modules[module])
+        if name.partition(".")[0] not in own and not name.startswith("wsserver")
+    ]
 
 
 def nothing_that_serves_can_download(modules: Modules) -> list[str]:
@@ -226,6 +237,8 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (light_modules_reach_no_torch, {"LLM.engine.answer": "from torch import Tensor"}),
     (light_modules_reach_no_torch, {"LLM._base_model_handler": "from LLM import loader", "LLM.loader": "import torch"}),
     (light_modules_reach_no_torch, {"LLM.model_srv_wsserver_echo": "", "LLM": "import torch"}),
+    (the_client_is_light, {"wsserver.client": "from wsserver.server import Server", "wsserver.server": "import uvloop"}),
+    (the_client_is_light, {"wsserver.client": "from LLM.errors import Refused"}),
     (nothing_that_serves_can_download, {"wsserver.__main__": "from LLM.fetch import fetch"}),
     (nothing_that_serves_can_download, {"LLM.listing": "from LLM import default_model"}),
     (nothing_that_serves_can_download, {"LLM.loader": "from huggingface_hub import snapshot_download"}),
