@@ -15,7 +15,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from LLM.errors import Refused
 from tests.conftest import ECHO, Running, eventually
 from tests.scripted import STAGES, ScriptedModel, in_engine, put, scripted
-from tests.torture.proxy import Proxy
+from tests.torture.proxy import PROXIED, Proxy
 from wsserver import dialing
 from wsserver.client import Answer, Client, ConnectionLost, Parameters, Progress, ServerError, connect
 from wsserver.client_messages import FRAMES
@@ -73,7 +73,7 @@ class Stage:
 
 @contextlib.asynccontextmanager
 async def staged(**settings: Any) -> AsyncIterator[Stage]:
-    async with scripted(**settings) as (server, model), Proxy(server.server.port) as proxy:
+    async with scripted(allow_host=PROXIED, **settings) as (server, model), Proxy(server.server.port) as proxy:
         stage = Stage(server, model, proxy)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dialing, "_pass", stage.pass_by)
@@ -310,7 +310,7 @@ async def test_progress_is_told_before_the_text() -> None:
         first = asyncio.create_task(server.generate(prompt="a").text())
         await stage.model.in_step(1)
         second = asyncio.create_task(server.generate(prompt="b" * 600, max_tokens=1, on_progress=told.append).text())
-        await server.status()
+        await in_engine(stage.server, 2)
         stage.model.open()
         assert (await first, await second) == ("a", "b")
     assert [type(each) for each in told[:2]] == [Queued, Started]

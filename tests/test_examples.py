@@ -13,11 +13,10 @@ import pytest
 
 from tests.conftest import Running, eventually
 from tests.scripted import ScriptedModel, scripted
-from tests.torture.proxy import Proxy
+from tests.torture.proxy import PROXIED, Proxy
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NODE = shutil.which("node")
-PROXIED = ("127.0.0.1",)  # at any port: a client names the one that it connects to, and that is the proxy's
 
 # What a page is to the script of the browser's example.
 PAGE = """

@@ -10,6 +10,8 @@ import struct
 from types import TracebackType
 from typing import Self
 
+# What a server behind it has to be told as `allow_host`: any port, for a client names the one that it connects to.
+PROXIED = ("127.0.0.1",)
 CHUNK = 2048  # bytes read at once: the most that a frozen link still takes in
 BUFFER = 4096  # bytes that the kernel holds for the proxy in each direction, so that back-pressure comes soon
 ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: a close that sends RST
