@@ -101,13 +101,19 @@ def light_modules_reach_no_torch(modules: Modules) -> list[str]:
 
 
 def the_client_is_light(modules: Modules) -> list[str]:
-    own = {"websockets", "orjson", "msgspec", *sys.stdlib_module_names}
+    own = {"wsserver", "websockets", "orjson", "msgspec", *sys.stdlib_module_names}
     return [
         f"{module} imports {name}"
-        for module in reached(modules, "wsserver.client") & modules.keys()
+        for start in ("wsserver.client", "wsserver.ask")
+        for module in reached(modules, start)
         for name in imports(modules[module])
-        if name.partition(".")[0] not in own and not name.startswith("wsserver")
+        if name.partition(".")[0] not in own
     ]
+
+
+def the_terminals_library_is_imported_by_the_chat_alone(modules: Modules) -> list[str]:
+    others = {name: tree for name, tree in modules.items() if name != "wsserver.chat"}
+    return list(importers(others, "prompt_toolkit", "wsserver.chat"))
 
 
 def nothing_that_serves_can_download(modules: Modules) -> list[str]:
@@ -239,6 +245,9 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (light_modules_reach_no_torch, {"LLM.model_srv_wsserver_echo": "", "LLM": "import torch"}),
     (the_client_is_light, {"wsserver.client": "from wsserver.server import Server", "wsserver.server": "import uvloop"}),
     (the_client_is_light, {"wsserver.client": "from LLM.errors import Refused"}),
+    (the_client_is_light, {"wsserver.ask": "from wsserver import shell", "wsserver.shell": "import rich"}),
+    (the_terminals_library_is_imported_by_the_chat_alone, {"wsserver.shell": "from prompt_toolkit import PromptSession"}),
+    (the_terminals_library_is_imported_by_the_chat_alone, {"wsserver.__main__": "from wsserver import chat"}),
     (nothing_that_serves_can_download, {"wsserver.__main__": "from LLM.fetch import fetch"}),
     (nothing_that_serves_can_download, {"LLM.listing": "from LLM import default_model"}),
     (nothing_that_serves_can_download, {"LLM.loader": "from huggingface_hub import snapshot_download"}),

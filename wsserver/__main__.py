@@ -22,7 +22,7 @@ from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import Description, ModelSpec, Waiter
 from LLM.model_service import Keeping, ModelService
 from LLM.model_table import table
-from wsserver import key_command, open_files, protocol, tls
+from wsserver import ask, key_command, open_files, protocol, tls
 from wsserver.auth import Keys
 from wsserver.config import BadSetting, Config, parse
 from wsserver.door import see_to_keys
@@ -39,11 +39,16 @@ log = logging.getLogger("wsserver")
 
 def main() -> None:
     """Run the command line."""
-    if sys.argv[1:2] == ["fetch"]:
-        _become_fetch(sys.argv[2:])
-    if sys.argv[1:2] == ["key"]:
-        key_command.run(sys.argv[2:])
-        return
+    match sys.argv[1:]:
+        case ["ask", *arguments]:
+            sys.exit(ask.main(arguments))
+        case ["chat", *arguments]:
+            _become("wsserver.chat", arguments)
+        case ["fetch", *arguments]:
+            _become("LLM.fetch", arguments)
+        case ["key", *arguments]:
+            key_command.run(arguments)
+            return
     # Whatever the libraries would like to ask a hub for: a client's word never starts a download.
     os.environ["HF_HUB_OFFLINE"] = "1"
     command, config = parse(sys.argv[1:])
@@ -190,12 +195,12 @@ def _read_anew(reads: Mapping[str, Callable[[], None]]) -> None:
             log.error("SIGHUP: the %s stays as it was: %s", what, error)
 
 
-def _become_fetch(arguments: list[str]) -> NoReturn:
-    """Run the download in this process's place: one that serves never has that code in it."""
-    # The LLM package beside this one, not a folder of that name wherever it was started.
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Run another program in this process's place: one that serves never has its code in it."""
+    # The packages beside this file, not folders of their names wherever it was started.
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "LLM.fetch", *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment)
 
 
 def _url(config: Config, port: int) -> str:

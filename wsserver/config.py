@@ -20,7 +20,8 @@ EPILOG = """\
 Every option can be set in the environment as well: --max-active as WSSERVER_MAX_ACTIVE,
 and so on; the command line wins. Models are folders <vendor>/<model>/ in the models'
 folder, in the usual Hugging Face layout, named by <vendor>/<model>; "wsserver models"
-lists them, and "wsserver fetch <vendor>/<model>" downloads one: its --help tells more. The
+lists them, and "wsserver fetch <vendor>/<model>" downloads one. "wsserver ask <question>"
+and "wsserver chat" talk to a server that runs. These three have a --help of their own. The
 messages are described in protocol.md; "wsserver schema" prints their JSON Schema.
 
 Once there is a key, who comes without one is refused. "wsserver key add NAME" makes one and
