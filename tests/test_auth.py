@@ -379,7 +379,7 @@ async def test_insecure_is_what_lets_it_start_all_the_same(tmp_path: Path):
 async def test_a_key_in_the_environment_opens_every_address_to_who_has_it_and_nobody_is_told(tmp_path: Path):
     async with serving(tmp_path, "--host", "0.0.0.0", "--log-level", "debug", WSSERVER_API_KEY=KEY) as server:
         # The line that says how to try it asks for the key, and does not have it.
-        assert "-H='Authorization: Bearer KEY' ws://" in server.said[1]
+        assert "-H='Authorization: Bearer KEY' 'ws://" in server.said[1]
         async with connect(server.url, **bearer(KEY)) as socket:
             assert (await Client(socket).generate(prompt="hello"))["joined"] == "hello"
         with pytest.raises(InvalidStatus, match="401"):

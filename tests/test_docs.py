@@ -185,6 +185,10 @@ def test_the_python_example_in_the_readme_is_the_file_that_is_run() -> None:
     assert code[code.index("async def main") :].rstrip() in README
 
 
+def test_the_shells_example_in_the_readme_is_the_file() -> None:
+    assert (ROOT / "examples/one_answer.sh").read_text().splitlines()[-1] in README
+
+
 def test_the_browser_example_in_the_readme_is_the_file() -> None:
     page = (ROOT / "examples/stream_and_stop.html").read_text()
     script = re.search(r'<script type="module">\n(.*?)</script>', page, re.DOTALL)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -51,8 +52,8 @@ async def cut_in_the_middle(server: Running, model: ScriptedModel) -> AsyncItera
         assert len(proxy.links) > 1
 
 
-async def printed_by(*command: str) -> str:
-    beside = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+async def printed_by(*command: str, **environment: str) -> str:
+    beside = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)} | environment
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=beside)
     async with asyncio.timeout(60):
         printed, _ = await process.communicate()
@@ -64,6 +65,17 @@ async def test_the_python_example_takes_its_answer_up_after_a_cut() -> None:
     async with scripted(allow_host=PROXIED) as (server, model), cut_in_the_middle(server, model) as url:
         printed = await printed_by(sys.executable, str(EXAMPLES / "stream_and_stop.py"), url)
         assert printed == "Once upon a time\n[stop after 17 tokens]\n"
+
+
+async def test_the_shells_example_prints_one_answer_and_ends(tmp_path: Path) -> None:
+    async with scripted() as (server, model):
+        model.open()
+        script = tmp_path / "one_answer.sh"
+        script.write_text((EXAMPLES / "one_answer.sh").read_text().replace("ws://127.0.0.1:41443/ws", server.url))
+        printed = await printed_by("sh", str(script), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    frames = [json.loads(line) for line in printed.splitlines()]
+    assert (frames[0]["type"], frames[-1]["type"], frames[-1]["finish_reason"]) == ("started", "done", "length")
+    assert "".join(frame["text"] for frame in frames[1:-1]) == "The capi"
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node, to run the browser's script")

@@ -152,7 +152,7 @@ async def serving(tmp_path: Path, files: tuple[str, str], *options: str) -> Asyn
     command = [*COMMAND, *ON_ECHO, "--tls-cert", files[0], "--tls-key", files[1], *options]
     async with process(tmp_path, *command) as started:
         assert re.fullmatch(rf"serving {ECHO} \(none on cpu\) at wss://127\.0\.0\.1:[0-9]+/ws", await started.says())
-        assert "websocat -n wss://" in await started.says()
+        assert "websocat -n 'wss://" in await started.says()
         yield started
 
 

@@ -100,6 +100,16 @@ def test_one_piped_line_is_answered_though_the_pipe_ends(url: str):
         assert "Paris" in terminal.checker.texts[done["id"]]
 
 
+def test_with_once_it_ends_by_itself_when_the_answer_has_come(url: str):
+    with websocat("-n", f"{url}?once=1") as terminal:
+        terminal.type(QUESTION)
+        terminal.end_of_input()
+        assert terminal.until("done")["finish_reason"] == "length"
+        assert terminal.process.stdout
+        assert terminal.process.stdout.read() == ""
+        assert terminal.process.wait() == 0
+
+
 def test_a_long_generation_is_stopped_in_mid_stream_and_the_next_one_answered_on_the_same_connection(url: str):
     with websocat(url) as terminal:
         terminal.send(type="generate", id="story", **LONG)

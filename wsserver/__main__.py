@@ -213,7 +213,7 @@ def _url(config: Config, port: int) -> str:
 def _how_to_try(config: Config, port: int, with_key: bool) -> str:
     message = '{"type":"generate","prompt":"The capital of France is","max_tokens":32}'
     key = " -H='Authorization: Bearer KEY'" if with_key else ""
-    return f"try:  echo '{message}' | websocat -n{key} {_url(config, port)}"
+    return f"try:  echo '{message}' | websocat -n{key} '{_url(config, port)}?once=1'"
 
 
 def _say(line: str) -> None:

@@ -16,7 +16,7 @@ from wsserver import protocol, tcp
 from wsserver.liveness import Liveness
 from wsserver.outbox import Outbox, OutboxFull
 from wsserver.peer import Peer
-from wsserver.protocol import ClientMessage, CloseCode, Goaway, Refusal, ServerMessage
+from wsserver.protocol import ClientMessage, CloseCode, Done, Goaway, Refusal, ServerMessage
 from wsserver.resumables import Resumables
 from wsserver.session import Session, TooManyBadMessages, TooManyMessages, WrongKey
 
@@ -50,6 +50,9 @@ class Connection:
         whose: Whose,
     ) -> None:
         self.peer = Peer(session, self, resumables)
+        # Whether it is closed once a done was sent.
+        self.once = False
+        self._leaver: asyncio.Task[None] | None = None
         self._socket = socket
         # Two such frames may be there at once, one in the outbox and one behind it.
         self.replay_bytes = min(outbox.max_bytes // 4, MAX_REPLAY_BYTES)
@@ -73,8 +76,8 @@ class Connection:
             self._writer.cancel()
             self.peer.leave()
             await self.peer.left()
-            # The closer has an end of its own.
-            await asyncio.gather(self._writer, *filter(None, [self._closer]), return_exceptions=True)
+            # These two have an end of their own.
+            await asyncio.gather(self._writer, *filter(None, [self._closer, self._leaver]), return_exceptions=True)
 
     # For the peer.
 
@@ -93,6 +96,8 @@ class Connection:
         if self._outbox:
             self._all_written.clear()
             self._news.set()
+        if self.once and isinstance(frame, Done) and not self._leaver:
+            self._leaver = asyncio.create_task(self._leave())
 
     def drop_tokens(self, id: str) -> None:
         """Forget the tokens of an id that are not sent yet."""
@@ -190,6 +195,12 @@ class Connection:
             pass  # the reader sees it too
         finally:
             self._all_written.set()
+
+    async def _leave(self) -> None:
+        """Close when all is sent, however long the client reads it; one that takes nothing is given up as ever."""
+        await self._all_written.wait()
+        self.peer.leave()
+        await self._socket.close(CloseCode.NORMAL, "the answer was sent")
 
     def _close_within(self, seconds: float, code: CloseCode, reason: str) -> None:
         self.peer.leave()

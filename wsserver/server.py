@@ -39,6 +39,7 @@ UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for it
 LOOKS = 30  # how often a connection is looked at in the time after which it counts as stalled
 WS_PATH = "/ws"
 ECHO_PATH = "/echo"  # for tests of the protocol under ours, and only where the operator has asked for it
+ONCE = "once=1"  # said behind the path by a client that cannot tell by itself when to leave
 # Where the system does not tell what a peer takes, a pong must come within so many seconds.
 PONG_WITHIN = 20.0
 CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
@@ -166,6 +167,7 @@ class Server:
         outbox = Outbox(self._config.max_outbox_bytes)
         whose = partial(self._door.whose, _address(client))
         connection = Connection(client, session, outbox, self.resumables, self._dispatch, whose)
+        connection.once = ONCE in _query(client.request)
         # A look may come late by the time between two, when the peer's last sign of life was and when it is judged.
         patience = self._config.stall_timeout * (1 - 2 / LOOKS)
         self._connections[connection] = Liveness(time.monotonic(), patience)
@@ -218,6 +220,10 @@ class Server:
 
 def _path(request: Request | None) -> str:
     return request.path.partition("?")[0] if request else ""
+
+
+def _query(request: Request | None) -> list[str]:
+    return request.path.partition("?")[2].split("&") if request else []
 
 
 def _address(client: ServerConnection) -> str:
