@@ -17,6 +17,7 @@ from tests.conftest import ECHO, Running, eventually
 from tests.scripted import STAGES, ScriptedModel, in_engine, put, scripted
 from tests.torture.proxy import PROXIED, Proxy
 from wsserver import dialing
+from wsserver.auth import Keys, digest
 from wsserver.client import Answer, Client, ConnectionLost, Parameters, Progress, ServerError, connect
 from wsserver.client_messages import FRAMES
 from wsserver.protocol import Generate, Loading, Prefill, Queued, ServerMessage, Started
@@ -307,12 +308,14 @@ async def test_one_that_is_turned_away_is_told_when_to_come_again() -> None:
 async def test_progress_is_told_before_the_text() -> None:
     told: list[Progress] = []
     async with staged(max_active=1) as stage, stage.connect() as server:
-        first = asyncio.create_task(server.generate(prompt="a").text())
+        first = asyncio.create_task(server.generate(prompt=TEXT).text())
         await stage.model.in_step(1)
         second = asyncio.create_task(server.generate(prompt="b" * 600, max_tokens=1, on_progress=told.append).text())
         await in_engine(stage.server, 2)
+        stage.model.step_gate.let(1)
+        await eventually(lambda: bool(told))
         stage.model.open()
-        assert (await first, await second) == ("a", "b")
+        assert (await first, await second) == (TEXT, "b")
     assert [type(each) for each in told[:2]] == [Queued, Started]
     assert isinstance(told[0], Queued)
     assert told[0].position == 1
@@ -367,6 +370,20 @@ async def test_status_is_answered_in_turn_though_one_who_asked_has_left(stage: S
         left.cancel()
         assert (await kept).available.count(ECHO) == 1
         assert (await server.status()).server.draining is False
+
+
+async def test_a_server_that_asks_for_a_key_is_shown_it_again_after_a_lost_connection() -> None:
+    async with staged(keys=Keys({"anna": digest("sk-1")})) as stage:
+        stage.model.open()
+        async with stage.connect(key="sk-1") as server:
+            await stage.lose_and_regain()
+            assert await server.generate(prompt="hi").text() == "hi"
+        with pytest.raises(ServerError, match="unauthenticated: "):
+            await stage.connect(key="sk-2").__aenter__()
+        async with stage.connect() as server:
+            for asked in (server.generate(prompt="hi").text(), server.init(), server.status()):
+                with pytest.raises(ServerError, match="unauthenticated: "):
+                    await asked
 
 
 # When the connection is lost.
