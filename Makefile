@@ -5,6 +5,7 @@ BIN := .venv/bin
 MODEL := LLM/HuggingFaceTB/SmolLM2-135M-Instruct/config.json
 GEMMA := LLM/google/gemma-3-270m/gemma-3-270m-q4_k_m.gguf
 AUTOBAHN := build/autobahn
+NODE_PACKAGES := tests/web/node_modules/.package-lock.json
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # The Autobahn testsuite is a Python 2.7 program. pyenv's launchers find one only where it is chosen, so pyenv is asked first.
@@ -29,7 +30,7 @@ serve: install
 
 install: .venv/installed $(MODEL)
 
-test: .venv/installed-dev $(MODEL) $(GEMMA)
+test: .venv/installed-dev $(MODEL) $(GEMMA) $(NODE_PACKAGES)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 fuzz: .venv/installed-dev
@@ -55,7 +56,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv $(AUTOBAHN) LLM/.partial $(dir $(MODEL)) $(dir $(GEMMA))
+	rm -rf .venv $(AUTOBAHN) tests/web/node_modules LLM/.partial $(dir $(MODEL)) $(dir $(GEMMA))
 
 # The stamps are written last, so that an interrupted install is done again.
 .venv/installed: pyproject.toml constraints.txt
@@ -74,6 +75,10 @@ clean:
 	$(PIP) --editable ".[dev,bench]"
 	-$(PIP) llama-cpp-python
 	touch $@
+
+# For the tests of what runs in a browser; those that find nothing here say so and are skipped.
+$(NODE_PACKAGES): tests/web/package-lock.json
+	-npm ci --prefix tests/web --no-audit --no-fund --silent
 
 # The last virtualenv that makes environments of Python 2.7.
 $(AUTOBAHN)/installed: | .venv/installed-dev
