@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The Autobahn testsuite is a Python 2.7 program. pyenv's launchers find one only where it is chosen, so pyenv is asked first.
 PYTHON2 ?= $(or $(wildcard $(shell pyenv prefix 2.7 2>/dev/null)/bin/python2.7),$(shell command -v python2.7 2>/dev/null))
 
-.PHONY: help serve install test fuzz torture autobahn bench check format clean
+.PHONY: help serve install test chromium fuzz torture autobahn bench check format clean
 
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
@@ -30,7 +30,7 @@ serve: install
 
 install: .venv/installed $(MODEL)
 
-test: .venv/installed-dev $(MODEL) $(GEMMA) $(NODE_PACKAGES)
+test: .venv/installed-dev $(MODEL) $(GEMMA) $(NODE_PACKAGES) chromium
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 fuzz: .venv/installed-dev
@@ -79,6 +79,11 @@ clean:
 # For the tests of what runs in a browser; those that find nothing here say so and are skipped.
 $(NODE_PACKAGES): tests/web/package-lock.json
 	-npm ci --prefix tests/web --no-audit --no-fund --silent
+
+# For the tests of the chat page; where it may not be installed they say that they are skipped.
+chromium:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || true
 
 # The last virtualenv that makes environments of Python 2.7.
 $(AUTOBAHN)/installed: | .venv/installed-dev

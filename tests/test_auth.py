@@ -271,7 +271,8 @@ async def test_nothing_waits_for_the_key_of_who_has_gone():
     [
         ("/healthz", 200, 200, 200),
         ("/readyz", 503, 503, 503),  # no model is loaded here
-        ("/", 401, 401, 200),
+        ("/", 200, 401, 200),
+        ("/app.js", 200, 401, 200),
         ("/nothing", 401, 401, 404),
         ("/ws", 426, 401, 426),
         ("/echo", 401, 401, 426),
@@ -334,7 +335,7 @@ async def test_who_has_no_key_yet_costs_nobody_a_try():
             async with server.client() as client:
                 await client.socket.send('{"type":"status"}')
                 assert (await said(client))["code"] == "unauthenticated"
-            assert (await get(server, "/"))[0] == 401
+            assert (await get(server, "/nothing"))[0] == 401
         async with server.client(**bearer(KEY)):
             pass
 

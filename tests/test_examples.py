@@ -10,24 +10,26 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
+from playwright.async_api import expect
 
 from tests.conftest import Running, eventually
 from tests.scripted import ScriptedModel, scripted
 from tests.torture.proxy import PROXIED, Proxy
+from tests.web.chromium import NEEDS_CHROMIUM, chromium
+from tests.web.node import NEEDS_NODE, NODE, WEB
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NODE = shutil.which("node")
+ADDRESS = "ws://127.0.0.1:41443/ws"
+NODE_WITH_SOCKETS = (NODE or "node", "--experimental-websocket", "--no-warnings")
 
-# What a page is to the script of the browser's example.
-PAGE = """
+# What a page is to the script of the browser's example, and what its user does.
+BEFORE = """
 const elements = { "#answer": { append: (text) => process.stdout.write(text) }, "#ask": {}, "#stop": {} };
 globalThis.document = { querySelector: (name) => elements[name] };
-const press = (name) => elements[name].onclick();
 """
-WHEN_OPEN = """
-server.addEventListener("open", () => press("#ask"), { once: true });
-setInterval(() => resume === null && process.exit(0), 10);
+AFTER = """
+await elements["#ask"].onclick();
+process.exit(0);
 """
 
 
@@ -78,14 +80,38 @@ async def test_the_shells_example_prints_one_answer_and_ends(tmp_path: Path) -> 
     assert "".join(frame["text"] for frame in frames[1:-1]) == "The capi"
 
 
-@pytest.mark.skipif(NODE is None, reason="needs node, to run the browser's script")
+@NEEDS_NODE
+async def test_the_node_example_takes_its_answer_up_after_a_cut() -> None:
+    async with scripted(allow_host=PROXIED) as (server, model), cut_in_the_middle(server, model) as url:
+        printed = await printed_by(*NODE_WITH_SOCKETS, str(EXAMPLES / "stream_and_stop.mjs"), url)
+        assert printed == "Once upon a time\n[stop after 17 tokens]\n"
+
+
+@NEEDS_NODE
 async def test_the_browser_example_takes_its_answer_up_after_a_cut(tmp_path: Path) -> None:
     page = (EXAMPLES / "stream_and_stop.html").read_text()
     found = re.search(r'<script type="module">\n(.*?)</script>', page, re.DOTALL)
     assert found
     async with scripted(allow_host=PROXIED) as (server, model), cut_in_the_middle(server, model) as url:
-        script = tmp_path / "page.mjs"
-        script.write_text(PAGE + found[1].replace("ws://127.0.0.1:41443/ws", url) + WHEN_OPEN)
-        assert NODE
-        printed = await printed_by(NODE, "--experimental-websocket", "--no-warnings", str(script))
+        shutil.copyfile(WEB / "client.js", tmp_path / "client.mjs")
+        code = found[1].replace("http://127.0.0.1:41443/client.js", "./client.mjs").replace(ADDRESS, url)
+        (tmp_path / "page.mjs").write_text(BEFORE + code + AFTER)
+        printed = await printed_by(*NODE_WITH_SOCKETS, str(tmp_path / "page.mjs"))
         assert printed == "Tell me a story. [stop]\n"
+
+
+@NEEDS_CHROMIUM
+async def test_the_browser_example_works_as_a_file_that_is_opened(tmp_path: Path) -> None:
+    async with scripted(allow_origin=("null",)) as (server, model), chromium() as browser:
+        page = (EXAMPLES / "stream_and_stop.html").read_text()
+        (tmp_path / "page.html").write_text(page.replace("127.0.0.1:41443", f"127.0.0.1:{server.server.port}"))
+        tab = await browser.new_page()
+        await tab.goto((tmp_path / "page.html").as_uri())
+        await tab.wait_for_function("document.querySelector('#ask').onclick !== null")
+        model.step_gate.let(4)
+        await tab.get_by_role("button", name="Ask").click()
+        await expect(tab.locator("#answer")).to_have_text("Tell")
+        await tab.get_by_role("button", name="Stop").click()
+        await eventually(lambda: any(job.stopping for job in server.server.resumables))
+        model.open()
+        await expect(tab.locator("#answer")).to_have_text("Tell [cancelled]")

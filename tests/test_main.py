@@ -99,6 +99,7 @@ async def test_it_says_where_it_serves_and_how_to_try_it_and_answers(tmp_path: P
     async with serving(tmp_path) as running, running.client() as client:
         message, url = re.fullmatch(r"try:  echo '(\{.*\})' \| websocat -n '(ws://\S+)'", running.said[1]).groups()
         assert url == f"{running.url}?once=1"
+        assert await running.says() == f"chat: {running.url.replace('ws://', 'http://').removesuffix('ws')}"
         await client.send(**json.loads(message))
         done = await client.until("done")
         assert client.checker.texts[done["id"]] == json.loads(message)["prompt"]

@@ -7,6 +7,7 @@ from websockets.exceptions import ConnectionClosed
 from tests.conftest import Running, running
 from tests.scripted import WIDE, closing_code, put, scripted, slow_client
 from wsserver import __version__
+from wsserver.pages import WEB
 
 
 async def get(server: Running, path: str, headers: str = "") -> tuple[int, str]:
@@ -24,7 +25,11 @@ async def get(server: Running, path: str, headers: str = "") -> tuple[int, str]:
         ("/healthz", 200),
         ("/healthz?verbose=1", 200),
         ("/", 200),
+        ("/?from=somewhere", 200),
+        ("/vendor/marked/LICENSE", 200),
         ("/favicon.ico", 404),
+        ("/vendor", 404),
+        ("/vendor/../app.js", 404),
         ("/healthz/", 404),
         ("/ws/", 404),
         ("/echo", 404),
@@ -38,8 +43,24 @@ async def test_a_plain_get_is_answered_by_path(echo: Running, path: str, status:
     assert f"Server: wsserver/{__version__}" in answer
 
 
-async def test_the_front_page_says_where_to_go(echo: Running) -> None:
-    assert "/ws" in (await get(echo, "/"))[1]
+async def test_who_is_lost_is_told_where_to_go(echo: Running) -> None:
+    assert "/ws" in (await get(echo, "/nowhere"))[1]
+
+
+async def test_the_page_comes_whole_and_with_its_policy_every_time(echo: Running) -> None:
+    for _ in range(2):
+        head, _, body = (await get(echo, "/"))[1].partition("\r\n\r\n")
+        assert body == (WEB / "index.html").read_text()
+        assert head.count("Content-Security-Policy: default-src 'none';") == 1
+        assert head.count("Content-Length") == head.count("Server: ") == 1
+
+
+async def test_without_the_page_none_of_its_files_is_served() -> None:
+    async with running(page=False) as server:
+        status, answer = await get(server, "/")
+        assert (status, "speaks WebSocket at /ws" in answer) == (200, True)
+        for path in ("/index.html", "/app.js", "/client.js"):
+            assert (await get(server, path))[0] == 404
 
 
 async def test_a_handshake_at_another_path_is_refused(echo: Running) -> None:

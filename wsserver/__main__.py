@@ -120,6 +120,8 @@ async def serve(config: Config) -> bool:
         if load.done():
             _say(f"serving {', '.join(map(_in_words, load.result()))} at {_url(config, server.port)}")
             _say(_how_to_try(config, server.port, keys.required))
+            if config.page:
+                _say(f"chat: {_page(_url(config, server.port))}")
             await stopped
         load.cancel()
         _say("stopping: running generations may finish")
@@ -208,6 +210,10 @@ def _url(config: Config, port: int) -> str:
         config.host, f"[{config.host}]" if ":" in config.host else config.host
     )
     return f"{'wss' if config.tls_cert else 'ws'}://{shown}:{port}/ws"
+
+
+def _page(url: str) -> str:
+    return url.replace("ws", "http", 1).removesuffix("ws")
 
 
 def _how_to_try(config: Config, port: int, with_key: bool) -> str:

@@ -46,6 +46,7 @@ class Config:
     max_auth_failures: int = 10
     insecure: bool = False
     open_http: bool = False
+    page: bool = True
     allow_origin: tuple[str, ...] = ()
     allow_host: tuple[str, ...] = ()
     tls_cert: str = ""

@@ -41,7 +41,13 @@ GROUPS = {
             "open-http",
             values.switch,
             "ON",
-            "whether plain HTTP needs no key where WebSockets do: on, off; /healthz and /readyz never need one",
+            "whether plain HTTP needs no key where WebSockets do: on, off; /healthz, /readyz and the page never need one",
+        ),
+        Option(
+            "page",
+            values.switch,
+            "ON",
+            "whether the chat page is served at /: on, off; it holds no secret, and asks for the key itself",
         ),
         Option(
             "allow-origin",

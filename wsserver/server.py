@@ -28,6 +28,7 @@ from wsserver.door import Denied, Door
 from wsserver.limits import address_of
 from wsserver.liveness import Liveness, ping_interval
 from wsserver.outbox import Outbox
+from wsserver.pages import load_pages
 from wsserver.protocol import SUBPROTOCOL, CloseCode
 from wsserver.resumables import Resumables
 from wsserver.session import ServerState, Session
@@ -46,7 +47,7 @@ CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the 
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
 TOO_MANY_HANDSHAKES = "too many WebSockets were opened from this address; try again later"
-INDEX = (
+USAGE = (
     "wsserver speaks WebSocket at /ws; protocol.md describes the messages. "
     "GET /healthz says whether it is up, GET /readyz whether it can serve.\n"
 )
@@ -79,6 +80,7 @@ class Server:
         self._problem = problem
         self._door = Door(config, keys)
         self.tls = tls
+        self._pages = load_pages() if config.page else {}
         self._connections: dict[Connection, Liveness] = {}
         self._listener: WebSocketServer
         self._next_look: asyncio.TimerHandle
@@ -197,8 +199,9 @@ class Server:
                 problem = "the server is stopping" if self.state.draining else self._problem()
                 status = http.HTTPStatus.SERVICE_UNAVAILABLE if problem else http.HTTPStatus.OK
                 return client.respond(status, f"{problem or 'ready'}\n")
-        # Who comes to /ws without a key may send it in an init.
-        keyless = path == WS_PATH or (self._config.open_http and path != ECHO_PATH)
+        page = self._pages.get(path)
+        # Who comes to /ws without a key may send it in an init, and the page asks for it.
+        keyless = path == WS_PATH or page is not None or (self._config.open_http and path != ECHO_PATH)
         websocket = path == WS_PATH or (path == ECHO_PATH and self._config.echo_path)
         try:
             if websocket:
@@ -210,7 +213,9 @@ class Server:
             return response
         if websocket:
             return None  # without a handshake the library answers 426
-        return client.respond(http.HTTPStatus.OK if path == "/" else http.HTTPStatus.NOT_FOUND, INDEX)
+        if page:
+            return page.response()
+        return client.respond(http.HTTPStatus.OK if path == "/" else http.HTTPStatus.NOT_FOUND, USAGE)
 
     def _count_handshake(self, client: ServerConnection) -> None:
         account = self.state.accounts.of(address_of(client.remote_address))

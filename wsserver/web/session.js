@@ -1,0 +1,114 @@
+/** The page's one connection: made when the page opens, made again with a key when the server asks for one. */
+
+import { connect } from "./client.js";
+
+const KEY = "wsserver.key";
+const MODEL = "wsserver.model";
+const RETRY_MS = 3000;
+
+/**
+ * Events: "state" when `state` or `detail` has changed, "models" when `available`, `loaded` or `model` has, "loading" with how
+ * far a load is, "ready" each time a server has answered for the first time.
+ */
+export class Session extends EventTarget {
+  chat = null;
+  state = "connecting";
+  detail = {};
+  available = [];
+  loaded = [];
+  model = null; // what this connection uses, as `ready` tells it
+  limits = null;
+  #url;
+  #askForKey;
+  #retry;
+  #starting = false;
+
+  constructor(url, askForKey) {
+    super();
+    this.#url = url;
+    this.#askForKey = askForKey;
+  }
+
+  get hasKey() {
+    return localStorage.getItem(KEY) !== null;
+  }
+
+  forgetKey() {
+    localStorage.removeItem(KEY);
+  }
+
+  /** Connect, and see what the server has; what is lost later comes back by itself. */
+  async start() {
+    clearTimeout(this.#retry);
+    this.#starting = true;
+    this.#enter("connecting");
+    try {
+      const token = localStorage.getItem(KEY) ?? undefined;
+      this.chat = await connect(this.#url, { token, onState: (state, detail) => this.#changed(state, detail) });
+      this.dispatchEvent(new Event("state")); // it was open before there was something to ask
+      await this.refresh();
+      this.#starting = false;
+      this.dispatchEvent(new Event("ready"));
+      await this.choose(localStorage.getItem(MODEL) ?? undefined);
+    } catch (error) {
+      this.#starting = false;
+      await this.#failed(error);
+    }
+  }
+
+  /** Try again now. */
+  reconnect() {
+    if (this.chat?.state === "connecting") this.chat.reconnect();
+    else if (this.state !== "open" && !this.#starting) this.start();
+  }
+
+  /** Ask what there is. */
+  async refresh() {
+    const { available, models } = await this.chat.status();
+    this.available = available;
+    this.loaded = models.filter(({ state }) => state === "ready").map(({ id }) => id);
+    this.dispatchEvent(new Event("models"));
+  }
+
+  /** Use a model from now on; one that was kept from an earlier visit and is gone, or none, means the server's own. */
+  async choose(id) {
+    const model = this.available.includes(id) ? id : undefined;
+    try {
+      const onFrame = (frame) => frame.type === "loading" && this.#tell("loading", frame);
+      const ready = await this.chat.init({ model }, { onFrame });
+      this.model = ready.model;
+      this.limits = ready.limits;
+      if (model) localStorage.setItem(MODEL, model);
+      await this.refresh();
+    } finally {
+      this.#tell("loading", null);
+      this.dispatchEvent(new Event("models"));
+    }
+  }
+
+  #changed(state, detail) {
+    this.#enter(state, detail);
+    if (state === "closed" && !this.#starting) this.#failed(detail.error);
+  }
+
+  async #failed(error) {
+    if (error.code === "unauthenticated") {
+      this.chat?.close();
+      localStorage.setItem(KEY, await this.#askForKey(this.hasKey ? error.message : ""));
+      await this.start();
+    } else if (error.code === "unreachable") {
+      this.#enter("connecting", { reason: error.message, retryInMs: RETRY_MS });
+      this.#retry = setTimeout(() => this.start(), RETRY_MS);
+    } else if (this.chat?.state === "open") this.#tell("problem", error);
+  }
+
+  #enter(state, detail = {}) {
+    this.state = state;
+    this.detail = detail;
+    this.dispatchEvent(new Event("state"));
+  }
+
+  #tell(name, detail) {
+    this.dispatchEvent(new CustomEvent(name, { detail }));
+  }
+}
