@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from wsserver.asked import Asked, Generation, Load
-from wsserver.client_messages import ConnectionLost, Frame, ServerError, decode
+from wsserver.client.asked import Asked, Generation, Load
+from wsserver.client.messages import ConnectionLost, Frame, ServerError, decode
 
 TEXT = "abcdefghijklmnopqrstuvwxyz"
 ENDING = {

@@ -16,10 +16,9 @@ from LLM.errors import Refused
 from tests.conftest import ECHO, Running, eventually
 from tests.scripted import STAGES, ScriptedModel, in_engine, put, scripted
 from tests.torture.proxy import PROXIED, Proxy
-from wsserver import dialing
 from wsserver.auth import Keys, digest
-from wsserver.client import Answer, Client, ConnectionLost, Parameters, Progress, ServerError, connect
-from wsserver.client_messages import FRAMES
+from wsserver.client import Answer, Client, ConnectionLost, Parameters, Progress, ServerError, connect, dialing
+from wsserver.client.messages import FRAMES
 from wsserver.protocol import Generate, Loading, Prefill, Queued, ServerMessage, Started
 
 TEXT = "0123456789abcdef" * 4  # 64 tokens of one character

@@ -11,9 +11,9 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from tests.conftest import Running
-from wsserver import dialing
-from wsserver.client_messages import ConnectionLost, ServerError
-from wsserver.dialing import FIRST_DELAY, LONGEST_DELAY, Backoff, Dialer
+from wsserver.client import dialing
+from wsserver.client.dialing import FIRST_DELAY, LONGEST_DELAY, Backoff, Dialer
+from wsserver.client.messages import ConnectionLost, ServerError
 
 
 def longest(low: float, high: float) -> float:

@@ -172,11 +172,11 @@ def test_the_options_that_the_readme_lists_are_those_there_are() -> None:
 
 
 def test_the_map_in_the_readme_names_every_file() -> None:
-    for package in ("wsserver", "handlers", "LLM", "LLM/engine"):
-        for path in (ROOT / package).glob("*.py"):
+    for package in ("wsserver", "wsserver/client", "wsserver/web", "handlers", "LLM", "LLM/engine"):
+        for path in [*(ROOT / package).glob("*.py"), *(ROOT / package).glob("*.js")]:
             if path.name != "__init__.py" and not path.name.startswith("model_srv_"):
                 assert re.search(rf"\b{path.name}\b", README), f"{path} is not on the map"
-    for name in re.findall(r"\b[a-z_]+\.py\b", README[README.index("## The map") :]):
+    for name in re.findall(r"\b[a-z_]+\.(?:py|js)\b", README[README.index("## The map") :]):
         assert list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"*/*/{name}")), f"{name} on the map is gone"
 
 

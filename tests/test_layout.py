@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -292,6 +293,11 @@ def test_the_rules_look_at_every_file_of_the_product():
     for package in PACKAGES:
         assert {name for name in PRODUCT if name.partition(".")[0] == package} >= {package}
     assert {"wsserver.__main__", "LLM.engine.thread", "LLM.model_srv_wsserver_echo", "handlers.generate"} <= PRODUCT.keys()
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["packages"]) == {name for name in PRODUCT if (ROOT / name.replace(".", "/")).is_dir()}
 
 
 def test_the_composition_root_knows_everybody():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from wsserver.client import ConnectionLost, Parameters, Progress, ServerError, State
-from wsserver.dialing import URL
+from wsserver.client.dialing import URL
 from wsserver.protocol import Loading, Prefill, Queued
 
 # How a command ends: what a shell sees of it.

@@ -10,7 +10,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
 from wsserver import __version__
-from wsserver.client_messages import ConnectionLost, ServerError
+from wsserver.client.messages import ConnectionLost, ServerError
 from wsserver.protocol import SUBPROTOCOL, CloseCode
 
 URL = "ws://127.0.0.1:41443/ws"

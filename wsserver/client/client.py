@@ -1,7 +1,6 @@
-"""The Python client: `async with connect(url) as server: async for token in server.generate(prompt=...)`.
+"""A server as its client sees it, and the answers that it gives: any number at once, on one connection.
 
-One connection carries any number of answers at once. When it is lost it comes back by itself, and they go on where they
-were. Imports nothing heavy, and knows no models.
+When that is lost it comes back by itself, and they go on where they were. Knows no models.
 """
 
 import asyncio
@@ -10,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
-from wsserver.asked import Generation, Load
-from wsserver.client_messages import ConnectionLost, Done, Parameters, Progress, ServerError
-from wsserver.dialing import URL, Dialer
-from wsserver.lasting import LastingConnection, State
+from wsserver.client.asked import Generation, Load
+from wsserver.client.connection import LastingConnection, State
+from wsserver.client.dialing import URL, Dialer
+from wsserver.client.messages import Done, Parameters, Progress
 from wsserver.protocol import Ready, StatusReport, TokenLogprob
-
-__all__ = ["Answer", "Client", "ConnectionLost", "Done", "Parameters", "Progress", "ServerError", "State", "connect"]
 
 
 def _ignore(_: object) -> None:

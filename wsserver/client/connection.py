@@ -12,9 +12,9 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.connection import broadcast
 from websockets.exceptions import ConnectionClosed
 
-from wsserver.asked import Asked, Load
-from wsserver.client_messages import ConnectionLost, Failure, decode, encode
-from wsserver.dialing import Dialer
+from wsserver.client.asked import Asked, Load
+from wsserver.client.dialing import Dialer
+from wsserver.client.messages import ConnectionLost, Failure, decode, encode
 from wsserver.protocol import Goaway, StatusReport
 
 State = Literal["connected", "reconnecting", "closed"]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wsserver.client_messages import (
+from wsserver.client.messages import (
     ConnectionLost,
     Done,
     Failure,
