@@ -3,13 +3,11 @@
 import asyncio
 import contextlib
 import gzip
-import json
 import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
@@ -19,7 +17,9 @@ from tests.conftest import Running, eventually
 from tests.scripted import ScriptedModel, in_engine, put, scripted
 from tests.torture.proxy import PROXIED, Link, Proxy
 from tests.web.node import NEEDS_NODE, NODE, WEB, node
+from wsserver.auth import Keys, digest
 from wsserver.job import Job
+from wsserver.session import Session
 
 pytestmark = NEEDS_NODE
 
@@ -276,6 +276,43 @@ async def test_what_had_not_begun_is_asked_anew_and_by_the_same_model(tmp_path: 
             assert await running.says() == ["one", "two", ["test/other"] * 2]
 
 
+async def test_what_is_asked_when_the_connection_is_back_is_asked_once(tmp_path: Path) -> None:
+    script = """
+        let times = 0;
+        const chat = await connect(url, { onState: (state) => state === "open" && ++times === 2 && ask() });
+        const ask = async () => say(await chat.generate({ prompt: "abc" }).text());
+        say("open");
+        await told();
+    """
+    async with (
+        scripted(allow_host=PROXIED) as (server, model),
+        line(server) as (proxy, url),
+        node(tmp_path, url, script) as running,
+    ):
+        model.open()
+        assert await running.says() == "open"
+        (await last_link(proxy)).cut()
+        assert await running.says() == "abc"
+        running.tell()
+
+
+async def test_a_model_that_a_new_connection_cannot_use_ends_it(tmp_path: Path) -> None:
+    script = """
+        const chat = await connect(url, { onState: (state, { error }) => error && say([state, error.code]) });
+        await chat.init({ model: "test/other" });
+        say((await thrown(chat.generate({ prompt: "a".repeat(9) }).text())).code);
+    """
+    async with scripted(allow_host=PROXIED) as (server, _), line(server) as (proxy, url):
+        model = put(server.models, "test/other")
+        async with node(tmp_path, url, script) as running:
+            await in_engine(server, 1)
+            del server.models.listing["test/other"]
+            (await last_link(proxy)).cut()
+            assert await running.says() == ["closed", "model_not_found"]
+            assert await running.says() == "model_not_found"
+            model.open()
+
+
 async def forgotten(server: Running, proxy: Proxy) -> None:
     """Cut the line, and wait until nothing can be resumed any more; the client comes back later than that."""
     (await last_link(proxy)).cut()
@@ -502,45 +539,77 @@ async def test_it_comes_back_after_delays_that_grow_and_are_not_the_same_for_all
 # Keys.
 
 
-async def test_the_key_is_shown_in_the_handshake(tmp_path: Path) -> None:
-    offered: list[str] = []
-
-    def admits(request: Request) -> bool:
-        offered.append(request.headers["Sec-WebSocket-Protocol"])
-        return True
-
-    async def talk(client: ServerConnection) -> None:
-        await client.wait_closed()
-
-    script = 'say((await connect(url, { token: "sk-abc_-1" })).state); say((await connect(url)).state);'
-    async with doorkeeper(talk, admits) as url, node(tmp_path, url, script) as running:
-        assert [await running.says(), await running.says()] == ["open", "open"]
-    assert offered == ["llmstream.v1, llmstream.bearer.sk-abc_-1", "llmstream.v1"]
-
-
-@pytest.mark.parametrize("key", ["wrong", "not a subprotocol's name"])
-async def test_a_key_that_was_not_let_in_by_the_handshake_is_shown_in_an_init_where_its_error_is_told(
-    tmp_path: Path, key: str
-) -> None:
-    heard: list[Any] = []
-
-    async def talk(client: ServerConnection) -> None:
-        heard.append(json.loads(await client.recv()))
-        await client.send(json.dumps({"type": "error", "code": "unauthenticated", "message": "$.token: wrong"}))
-        await client.close(4401, "the key is wrong")
-
+async def test_the_key_goes_with_the_first_init_and_with_no_second_one(tmp_path: Path) -> None:
     script = """
-        const states = [];
-        const chat = await connect(url, { token: "KEY", onState: (state) => states.push(state) });
-        say([(await thrown(chat.generate({ prompt: "a" }).text())).code, states]);
-    """.replace("KEY", key)
+        const first = await connect(url, { token: "sk-right" });
+        await first.init({ model: "test/other" });
+        say(await first.generate({ prompt: "abc" }).text());
+        const second = await connect(url, { token: "sk-right" });
+        say((await second.status()).connection.active);
+        const third = await connect(url, { token: "sk-right" });
+        say(third.state);
+        await told();
+    """
+    async with scripted(keys=Keys({"alice": digest("sk-right")})) as (server, default):
+        other = put(server.models, "test/other")
+        other.open()
+        async with node(tmp_path, server.url, script) as running:
+            assert await running.says() == "abc"
+            assert await running.says() == []
+            assert await running.says() == "open"
+            # The third one has asked for nothing, and is known all the same.
+            await eventually(lambda: [session.key for session in sessions(server)] == ["alice"] * 3)
+            running.tell()
+        assert (other.loads, default.loads) == (1, 1)
 
-    def admits(request: Request) -> bool:
-        return "bearer" not in request.headers["Sec-WebSocket-Protocol"]
 
-    async with doorkeeper(talk, admits) as url, node(tmp_path, url, script) as running:
-        assert await running.says() == ["unauthenticated", ["open", "closed"]]
-    assert heard == [{"type": "init", "token": key}]
+async def test_the_key_is_shown_again_after_a_cut_and_the_answer_goes_on(tmp_path: Path) -> None:
+    script = """
+        const chat = await connect(url, { token: "sk-right, ž" });
+        const answer = chat.generate({ prompt: "TEXT" });
+        let text = "";
+        for await (const piece of answer) if ((text += piece).length === 5) say(text);
+        say(text);
+    """.replace("TEXT", TEXT)
+    keys = Keys({"alice": digest("sk-right, ž")})
+    async with (
+        scripted(allow_host=PROXIED, keys=keys) as (server, model),
+        line(server) as (proxy, url),
+        node(tmp_path, url, script) as running,
+    ):
+        model.step_gate.let(5)
+        assert await running.says() == TEXT[:5]
+        (await last_link(proxy)).cut()
+        model.open()
+        assert await running.says() == TEXT
+
+
+@pytest.mark.parametrize("first", ["chat.status()", "chat.init()", 'chat.generate({ prompt: "a" }).text()'])
+async def test_a_wrong_key_is_told_by_name_and_costs_one_try(tmp_path: Path, first: str) -> None:
+    script = f"""
+        for (const token of ["wrong", "wrong too", "right"]) {{
+          const chat = await connect(url, {{ token }});
+          const told = await thrown({first});
+          say(told.code ?? "welcome");
+        }}
+    """
+    settings = {"keys": Keys({"alice": digest("right")}), "max_auth_failures": 3}
+    async with scripted(**settings) as (server, model), node(tmp_path, server.url, script) as running:
+        model.open()
+        assert [await running.says() for _ in range(3)] == ["unauthenticated", "unauthenticated", "welcome"]
+
+
+async def test_who_needs_a_key_and_has_none_is_told_by_name(tmp_path: Path) -> None:
+    script = 'say((await thrown((await connect(url)).generate({ prompt: "a" }).text())).code);'
+    async with (
+        scripted(keys=Keys({"alice": digest("right")})) as (server, _),
+        node(tmp_path, server.url, script) as running,
+    ):
+        assert await running.says() == "unauthenticated"
+
+
+def sessions(server: Running) -> list[Session]:
+    return [connection.peer.session for connection in server.server._connections]
 
 
 # The files.

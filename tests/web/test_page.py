@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import re
 import signal
 import socket
 import sys
@@ -15,15 +14,16 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, expect
-from websockets.asyncio.server import ServerConnection, serve
-from websockets.http11 import Request, Response
+from websockets.datastructures import Headers
 
 from tests.conftest import ECHO, Running, eventually
 from tests.scripted import put, scripted
 from tests.test_main import process
 from tests.torture.proxy import PROXIED, Proxy
 from tests.web.chromium import AXE, NEEDS_CHROMIUM, PHONE, WIDE, Tab, chromium, open_tab, opened, page_url, profile
-from wsserver.pages import load_pages
+from wsserver.auth import Keys, digest
+from wsserver.door import Denied
+from wsserver.session import Session
 
 pytestmark = [NEEDS_CHROMIUM, pytest.mark.asyncio(loop_scope="module")]
 
@@ -306,71 +306,80 @@ async def test_a_server_killed_in_the_middle_and_started_again(browser: Browser,
 # Keys.
 
 
-async def test_a_key_is_asked_for_where_the_server_wants_one_and_again_if_it_is_wrong(browser: Browser) -> None:
-    async with locked("sk-right") as url, profile(browser) as context:
+async def test_a_key_is_asked_for_where_the_server_wants_one_and_a_wrong_one_costs_one_try(browser: Browser) -> None:
+    settings = {"keys": Keys({"alice": digest("sk-right")}), "max_auth_failures": 3}
+    async with scripted(**settings) as (server, model), profile(browser) as context:
+        model.open()
         tab = Tab(await context.new_page())
-        await tab.page.goto(page_url(url))
+        await tab.page.goto(page_url(server.url))
         key, problem = tab.page.get_by_label("Key", exact=True), tab.page.locator("#key-problem")
         await expect(problem).to_be_empty()
-        await key.fill("sk-wrong")
-        await key.press("Enter")
-        await expect(problem).to_have_text("this key is wrong")
+        for wrong in ("sk-wrong", "no word of a header, ž"):
+            await key.fill(wrong)
+            await key.press("Enter")
+            await expect(problem).to_contain_text("This key is wrong")
+            await expect(key).to_be_empty()
         await key.fill("sk-right")
         await tab.button("Connect").click()
         await tab.connected()
+        await tab.ask("abc")
+        await expect(tab.said()).to_have_text("abc")
+        assert {session.key for session in sessions(server)} == {"alice"}
         await tab.page.reload()
         await tab.connected()
         await tab.button("Settings").click()
         await tab.button("Forget the key").click()
         await tab.page.reload()
         await expect(key).to_be_visible()
+        assert tab.complaints == []
+
+
+async def test_a_key_that_was_taken_away_is_asked_for_when_the_line_comes_back(browser: Browser) -> None:
+    keys = Keys({"alice": digest("sk-old")})
+    async with (
+        scripted(allow_host=PROXIED, keys=keys) as (server, _),
+        Proxy(server.server.port) as proxy,
+        profile(browser) as context,
+    ):
+        tab = Tab(await context.new_page())
+        await tab.page.goto(page_url(f"ws://127.0.0.1:{proxy.port}/ws"))
+        key = tab.page.get_by_label("Key", exact=True)
+        await key.fill("sk-old")
+        await key.press("Enter")
+        await tab.connected()
+        keys.replace({"alice": digest("sk-new")})
+        for link in proxy.links.values():
+            link.cut()
+        await key.fill("sk-new")
+        await key.press("Enter")
+        await tab.connected()
+        assert tab.complaints == []
+
+
+def sessions(server: Running) -> list[Session]:
+    return [connection.peer.session for connection in server.server._connections]
 
 
 async def test_where_no_connection_is_taken_yet_it_is_tried_again_by_itself_and_at_once_if_one_asks(
-    browser: Browser,
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with locked("sk-right", refusals=2) as url, profile(browser) as context:
+    async with scripted() as (server, _), profile(browser) as context:
+        door, refusals = server.server._door, iter(range(2))
+        admit = door.admit
+
+        def refuse(headers: Headers, *others: Any) -> str | None:
+            if "Upgrade" in headers and next(refusals, None) is not None:
+                raise Denied(HTTPStatus.SERVICE_UNAVAILABLE, "later")
+            return admit(headers, *others)
+
+        monkeypatch.setattr(door, "admit", refuse)
         tab = Tab(await context.new_page())
-        await tab.page.goto(page_url(url))
+        await tab.page.goto(page_url(server.url))
         await expect(tab.connection).to_have_text("Not connected, trying again in 3 s")
         await expect(tab.send).to_be_disabled()
         await tab.button("Now").click()
         # The second try is refused too; the third comes by itself.
-        await expect(tab.page.get_by_label("Key", exact=True)).to_be_visible()
-
-
-@contextlib.asynccontextmanager
-async def locked(right: str, refusals: int = 0) -> AsyncIterator[str]:
-    """Serve the page, and what the server says to who has the key and to who has not; give the WebSocket's address."""
-    pages = load_pages()
-    refused = iter(range(refusals))
-
-    def at_the_door(client: ServerConnection, request: Request) -> Response | None:
-        if request.path != "/ws":
-            return pages[request.path].response()
-        if next(refused, None) is not None:
-            return client.respond(HTTPStatus.SERVICE_UNAVAILABLE, "later\n")
-        bearer = re.search(r"llmstream\.bearer\.(\S+)", request.headers.get("Sec-WebSocket-Protocol", ""))
-        wrong = bearer is not None and bearer[1] != right
-        return client.respond(HTTPStatus.UNAUTHORIZED, "wrong\n") if wrong else None
-
-    async def talk(client: ServerConnection) -> None:
-        has_key = "bearer" in client.request.headers["Sec-WebSocket-Protocol"]
-        async for data in client:
-            message = json.loads(data)
-            if not has_key:
-                why = "this key is wrong" if "token" in message else "this server asks for a key"
-                await client.send(json.dumps({"type": "error", "code": "unauthenticated", "message": why}))
-                if "token" in message:
-                    await client.close(4401, why)
-            elif message["type"] == "status":
-                await client.send(json.dumps({"type": "status", "available": [ECHO], "models": []}))
-            elif message["type"] == "init":
-                await client.send(json.dumps({"type": "ready", "id": message["id"], "model": {"id": ECHO}}))
-
-    choose = {"select_subprotocol": lambda client, offered: offered[0]}
-    async with serve(talk, "127.0.0.1", 0, process_request=at_the_door, **choose) as listener:
-        yield f"ws://127.0.0.1:{next(iter(listener.sockets)).getsockname()[1]}/ws"
+        await tab.connected()
 
 
 # Hostile text, and the policy behind it.

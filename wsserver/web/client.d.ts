@@ -138,7 +138,7 @@ export interface Status {
 }
 
 export interface ConnectOptions {
-  /** The key, where the server asks for one. */
+  /** The key, where the server asks for one. It is shown in an init: a wrong one ends the connection as "unauthenticated". */
   token?: string;
   /** Told of every change: `retryInMs` and `reason` come with "connecting", `error` with "closed", which is final. */
   onState?: (

@@ -38,8 +38,8 @@ class Chat {
   #failed;
   #socket;
   #wasOpen = false;
-  #keyInInit = false;
-  #model; // the request of the init that was ready last
+  #keyShown; // on this socket
+  #chosen; // the init that was ready last: what every new socket is to begin with
   #asked = new Map(); // what waits for frames, by id
   #statuses = []; // who waits for a status, oldest first
   #parting = []; // what is still to be said of answers that nobody waits for
@@ -66,8 +66,9 @@ class Chat {
   /** Choose the model of this connection, and load it where needed. */
   init(request = {}, options = {}) {
     return new Promise((resolve, reject) => {
-      const ready = (frame) => ((this.#model = request), resolve(frame));
-      this.#ask(new Load({ type: "init", id: newId(), ...request }, options, ready, reject));
+      const init = { type: "init", id: newId(), ...request };
+      const ready = (frame) => ((this.#chosen = init), resolve(frame));
+      this.#ask(new Load(init, options, ready, reject));
     });
   }
 
@@ -97,7 +98,11 @@ class Chat {
 
   /** Send a message; what is asked while there is no connection is asked once there is one. */
   say(message) {
-    if (this.state === "open") this.#socket.send(JSON.stringify(message));
+    if (this.state !== "open") return;
+    if (message.type !== "init") this.#showKey();
+    const key = this.#keyShown ? null : { token: this.#options.token };
+    this.#keyShown = true;
+    this.#socket.send(JSON.stringify({ ...message, ...key }));
   }
 
   /** Forget what has ended; `parting` is still to be said of it. */
@@ -120,16 +125,8 @@ class Chat {
   // The connection.
 
   #connect() {
-    const { token } = this.#options;
-    const key = token && !this.#keyInInit ? [`llmstream.bearer.${token}`] : [];
     this.#retry = null;
-    try {
-      this.#socket = new WebSocket(this.#url, ["llmstream.v1", ...key]);
-    } catch (error) {
-      if (!key.length) return this.#end(error);
-      this.#keyInInit = true; // some characters cannot stand in the name of a subprotocol
-      return this.#connect();
-    }
+    this.#socket = new WebSocket(this.#url, ["llmstream.v1"]);
     this.#socket.onopen = () => this.#greet();
     this.#socket.onmessage = ({ data }) => this.#hear(JSON.parse(data));
     this.#socket.onclose = ({ code, reason }) => this.#lost(code, reason);
@@ -141,14 +138,21 @@ class Chat {
     this.#wasOpen = true;
     this.#silent = 0;
     const { token, patience = 20_000 } = this.#options;
+    this.#keyShown = !token;
     this.#looks = setInterval(() => this.#look(), patience / LOOKS);
-    this.#enter("open");
-    const shown = this.#keyInInit ? { token } : null;
-    if (this.#model || shown) this.say({ type: "init", ...this.#model, ...shown });
+    this.state = "open";
+    if (this.#chosen) this.say(this.#chosen);
     for (const message of this.#parting.splice(0)) this.say(message);
     for (const asked of this.#asked.values()) this.say(asked.question);
     for (const _ of this.#statuses) this.say({ type: "status" });
+    this.#enter("open");
     this.#opened(this);
+    setTimeout(() => this.#showKey()); // whoever has just got this may begin with an init
+  }
+
+  /** Show it in an init, which is answered by name if it is wrong: why a handshake was refused nobody tells a page. */
+  #showKey() {
+    if (!this.#keyShown) this.say({ type: "init" });
   }
 
   #hear(frame) {
@@ -156,7 +160,13 @@ class Chat {
     const asked = this.#asked.get(frame.id);
     if (frame.type === "status") this.#statuses.shift()?.resolve(frame);
     else if (asked) asked.hear(frame);
-    else if (frame.type === "error" && !frame.id) this.#statuses.shift()?.reject(new ServerError(frame));
+    else if (frame.type === "error") this.#refused(frame);
+  }
+
+  #refused(frame) {
+    if (!frame.id) this.#statuses.shift()?.reject(new ServerError(frame));
+    // What is asked from now on would get another model's answer.
+    else if (frame.id === this.#chosen?.id && frame.code !== "not_active") this.#end(new ServerError(frame));
   }
 
   /** A dead network tells nothing, and a page cannot send pings: who waits in silence asks for a status. */
@@ -168,15 +178,9 @@ class Chat {
 
   #lost(code, reason) {
     const told = reason || `the connection was closed with ${code}`;
-    const wasOpen = this.state === "open";
     this.state = "connecting";
     this.#hangUp();
     if (FINAL[code]) return this.#end(new ServerError({ code: FINAL[code], message: told }));
-    if (!wasOpen && this.#options.token && !this.#keyInInit) {
-      // Nobody tells a page why a handshake was refused. In an init a wrong key is answered by name.
-      this.#keyInInit = true;
-      return this.#connect();
-    }
     if (!this.#wasOpen) {
       return this.#end(new ServerError({ code: "unreachable", message: `${this.#url} takes no connection` }));
     }

@@ -5,6 +5,7 @@ import { connect } from "./client.js";
 const KEY = "wsserver.key";
 const MODEL = "wsserver.model";
 const RETRY_MS = 3000;
+const WRONG_KEY = "This key is wrong. Whoever runs the server has the right one.";
 
 /**
  * Events: "state" when `state` or `detail` has changed, "models" when `available`, `loaded` or `model` has, "loading" with how
@@ -21,7 +22,7 @@ export class Session extends EventTarget {
   #url;
   #askForKey;
   #retry;
-  #starting = false;
+  #starting = false; // or asking for a key
 
   constructor(url, askForKey) {
     super();
@@ -46,14 +47,31 @@ export class Session extends EventTarget {
       const token = localStorage.getItem(KEY) ?? undefined;
       this.chat = await connect(this.#url, { token, onState: (state, detail) => this.#changed(state, detail) });
       this.dispatchEvent(new Event("state")); // it was open before there was something to ask
-      await this.refresh();
-      this.#starting = false;
-      this.dispatchEvent(new Event("ready"));
-      await this.choose(localStorage.getItem(MODEL) ?? undefined);
+      await Promise.all([this.#chooseAsBefore(), this.#meet()]);
     } catch (error) {
-      this.#starting = false;
       await this.#failed(error);
+    } finally {
+      this.#starting = false;
     }
+  }
+
+  /** Use the model of an earlier visit, or the server's own where that is gone or fails. */
+  async #chooseAsBefore() {
+    const id = localStorage.getItem(MODEL);
+    if (!id) return this.choose();
+    try {
+      await this.choose(id);
+    } catch (error) {
+      if (error.code === "unauthenticated") throw error;
+      if (error.code === "model_not_found") localStorage.removeItem(MODEL);
+      else this.#tell("problem", error);
+      await this.choose();
+    }
+  }
+
+  async #meet() {
+    await this.refresh();
+    this.dispatchEvent(new Event("ready"));
   }
 
   /** Try again now. */
@@ -70,15 +88,14 @@ export class Session extends EventTarget {
     this.dispatchEvent(new Event("models"));
   }
 
-  /** Use a model from now on; one that was kept from an earlier visit and is gone, or none, means the server's own. */
+  /** Use a model from now on, the server's own if none is named. */
   async choose(id) {
-    const model = this.available.includes(id) ? id : undefined;
     try {
       const onFrame = (frame) => frame.type === "loading" && this.#tell("loading", frame);
-      const ready = await this.chat.init({ model }, { onFrame });
+      const ready = await this.chat.init(id ? { model: id } : {}, { onFrame });
       this.model = ready.model;
       this.limits = ready.limits;
-      if (model) localStorage.setItem(MODEL, model);
+      if (id) localStorage.setItem(MODEL, id);
       await this.refresh();
     } finally {
       this.#tell("loading", null);
@@ -93,8 +110,9 @@ export class Session extends EventTarget {
 
   async #failed(error) {
     if (error.code === "unauthenticated") {
+      this.#starting = true;
       this.chat?.close();
-      localStorage.setItem(KEY, await this.#askForKey(this.hasKey ? error.message : ""));
+      localStorage.setItem(KEY, await this.#askForKey(this.hasKey ? WRONG_KEY : ""));
       await this.start();
     } else if (error.code === "unreachable") {
       this.#enter("connecting", { reason: error.message, retryInMs: RETRY_MS });
