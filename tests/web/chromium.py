@@ -35,8 +35,10 @@ class Tab:
         self.page = page
         self.complaints: list[str] = []
         self.sent: list[str] = []  # messages to the server
+        self.agrees = True  # to what the page asks whether it is meant
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda said: said.type == "error" and self.complaints.append(said.text))
+        page.on("dialog", lambda dialog: dialog.accept() if self.agrees else dialog.dismiss())
         page.on("websocket", lambda socket: socket.on("framesent", lambda text: self.sent.append(text)))
         self.question = page.get_by_role("textbox", name="Message", exact=True)
         self.send = page.get_by_role("button", name="Send", exact=True)

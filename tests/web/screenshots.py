@@ -1,6 +1,7 @@
 """Takes the pictures in docs/ that the README shows, of the default model's answers: `python -m tests.web.screenshots`."""
 
 import asyncio
+import re
 from pathlib import Path
 
 from playwright.async_api import expect
@@ -11,6 +12,7 @@ from tests.web.chromium import PHONE, Tab, chromium, open_tab, profile
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PATIENCE = 60_000.0  # milliseconds
 CODE = "Write a Python function that reverses a string."
+STORY = "Tell me a short story about a lighthouse."
 LIST = "Name three things to see in Paris, as a numbered list."
 
 
@@ -27,7 +29,7 @@ async def main() -> None:
             tab = await open_tab(context, server.url)
             await tab.button("Settings").click()
             await tab.page.get_by_label("Temperature").fill("0")
-            await tab.page.get_by_label("Most tokens").fill("220")
+            await tab.page.get_by_label("Max tokens").fill("220")
             await tab.button("Close").click()
             await ask(tab, CODE)
             await tab.button("New chat").click()
@@ -36,8 +38,12 @@ async def main() -> None:
             await tab.page.mouse.move(700, 600)
             await tab.page.screenshot(path=DOCS / "wide.png")
             await tab.page.emulate_media(color_scheme="dark")
-            await tab.button("Settings").click()
+            await tab.button("New chat").click()
+            await tab.ask(STORY)
+            await expect(tab.said()).to_have_text(re.compile(r"(\S+\s+){60}"), timeout=PATIENCE)
             await tab.page.screenshot(path=DOCS / "dark.png")
+            await tab.page.keyboard.press("Escape")
+            await expect(tab.stop).to_be_hidden()
         async with profile(browser, viewport=PHONE, device_scale_factor=2, has_touch=True) as context:
             tab = await open_tab(context, server.url)
             await tab.ask(LIST)

@@ -66,8 +66,19 @@ async def test_text_grows_until_stop_which_ends_it_at_once_and_keeps_it_and_then
         await expect(tab.stop).to_be_hidden()
         await expect(tab.facts).to_contain_text("6 tokens")
         await expect(tab.facts).to_contain_text("tokens/s")
-        await expect(tab.facts).to_contain_text("first after")
+        await expect(tab.facts).to_contain_text("first token after")
         await expect(tab.said().first).to_have_text("Once up")
+
+
+async def test_who_has_no_question_is_given_some(browser: Browser) -> None:
+    async with scripted() as (server, model), opened(browser, server.url) as tab:
+        model.open()
+        suggestion = tab.page.locator("#suggestions button").first
+        text = await suggestion.inner_text()
+        await suggestion.click()
+        await expect(tab.said("You")).to_have_text(text)
+        await expect(tab.said()).to_have_text(text)
+        await expect(suggestion).to_be_hidden()
 
 
 async def test_the_keyboard_alone_does_it(browser: Browser) -> None:
@@ -137,7 +148,7 @@ async def test_the_settings_go_with_the_question_and_into_the_next_conversation(
 async def test_what_is_refused_is_told_under_the_question(browser: Browser) -> None:
     async with scripted() as (server, _), opened(browser, server.url) as tab:
         await tab.button("Settings").click()
-        await tab.page.get_by_label("Most tokens").fill("70000")
+        await tab.page.get_by_label("Max tokens").fill("70000")
         await tab.button("Close").click()
         await tab.ask("abc")
         await expect(tab.problem).to_contain_text("70000")
@@ -175,7 +186,7 @@ async def test_another_model_is_picked_and_its_load_shown(browser: Browser) -> N
             await expect(other).to_have_text("test/other – not loaded")
             await picker.select_option("test/other")
             await expect(tab.page.get_by_role("progressbar")).to_be_visible()
-            await expect(tab.page.locator("#load-stage")).to_have_text("config 0 %")
+            await expect(tab.page.locator("#load-stage")).to_have_text("Loading config 0 %")
             model.load_gate.open()
             await expect(tab.page.get_by_role("progressbar")).to_be_hidden()
             await expect(other).to_have_text("test/other")
@@ -202,6 +213,10 @@ async def test_conversations_are_kept_and_one_goes_on_while_another_is_read(brow
         await expect(tab.said()).to_have_text("first")
         await expect(tab.button("second")).to_be_visible()
         await tab.page.locator("#conversations li", has_text="first").hover()
+        tab.agrees = False
+        await tab.button("Delete: first").click()
+        await expect(tab.said()).to_have_text("first")
+        tab.agrees = True
         await tab.button("Delete: first").click()
         await expect(tab.button("first")).to_have_count(0)
         await expect(tab.said()).to_have_count(0)
@@ -256,7 +271,7 @@ async def test_a_line_cut_in_the_middle_is_shown_and_the_whole_text_comes(browse
         links = len(proxy.links)
         for link in proxy.links.values():
             link.cut()
-        await expect(tab.connection).to_contain_text("trying again in")
+        await expect(tab.connection).to_contain_text("Reconnecting in")
         model.open()
         await expect(tab.said()).to_have_text(TEXT)
         await expect(tab.connection).to_have_text("Connected")
@@ -288,11 +303,11 @@ async def test_a_server_killed_in_the_middle_and_started_again(browser: Browser,
         await tab.ask("word " * 400)
         await expect(tab.said()).to_contain_text("word word")
         server.signal(signal.SIGKILL)
-        await expect(tab.connection).to_contain_text("trying again in")
+        await expect(tab.connection).to_contain_text("Reconnecting in")
         await expect(tab.stop).to_be_enabled()
         server = await stack.enter_async_context(process(tmp_path, *command))
         await server.says()
-        await tab.button("Now").or_(tab.page.locator("#connection[data-state=open]")).first.click()
+        await tab.button("Try now").or_(tab.page.locator("#connection[data-state=open]")).first.click()
         await expect(tab.problem).to_contain_text("Cut off")
         await expect(tab.said()).to_contain_text("word word")
         await expect(tab.stop).to_be_hidden()
@@ -375,9 +390,9 @@ async def test_where_no_connection_is_taken_yet_it_is_tried_again_by_itself_and_
         monkeypatch.setattr(door, "admit", refuse)
         tab = Tab(await context.new_page())
         await tab.page.goto(page_url(server.url))
-        await expect(tab.connection).to_have_text("Not connected, trying again in 3 s")
+        await expect(tab.connection).to_have_text("Reconnecting in 3 s")
         await expect(tab.send).to_be_disabled()
-        await tab.button("Now").click()
+        await tab.button("Try now").click()
         # The second try is refused too; the third comes by itself.
         await tab.connected()
 

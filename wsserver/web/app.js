@@ -176,6 +176,9 @@ stop.addEventListener("click", () => (turns.get(shown.id)?.stop(), question.focu
 document.addEventListener("keydown", ({ key }) => {
   if (key === "Escape" && !document.querySelector("dialog[open]")) turns.get(shown.id)?.stop();
 });
+document.querySelector("#suggestions").addEventListener("click", ({ target }) => {
+  if (target.matches("button")) ask(target.textContent);
+});
 scroller.addEventListener("scroll", () => {
   following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END;
   toEnd.hidden = following;
@@ -196,6 +199,7 @@ wireSidebar({
   open: (id) => show(turns.get(id)?.conversation ?? kept.conversation(id) ?? kept.newConversation()),
   create: () => (show(kept.newConversation(shown.settings)), question.focus()),
   remove(id) {
+    if (!confirm("Delete this conversation?")) return;
     turns.get(id)?.discard();
     kept.remove(id);
     if (id === shown.id) show(kept.newConversation(shown.settings));

@@ -25,7 +25,7 @@ function showState({ state, detail }) {
   if (state === "open") connection.textContent = "Connected";
   else if (state === "closed") connection.textContent = detail.error.message;
   else if (!detail.retryInMs) connection.textContent = "Connecting";
-  else connection.textContent = `Not connected, trying again in ${Math.max(1, Math.round(detail.retryInMs / 1000))} s`;
+  else connection.textContent = `Reconnecting in ${Math.max(1, Math.round(detail.retryInMs / 1000))} s`;
   connection.title = detail.reason ?? "";
 }
 
@@ -38,6 +38,6 @@ function showModels({ available, loaded, model }) {
 
 function showLoading(frame) {
   load.hidden = frame === null;
-  stage.textContent = frame === null ? "" : `${frame.stage} ${Math.round(frame.progress * 100)} %`;
+  stage.textContent = frame === null ? "" : `Loading ${frame.stage} ${Math.round(frame.progress * 100)} %`;
   if (frame !== null) load.value = frame.progress;
 }

@@ -4,7 +4,7 @@ import { copyButton } from "./clipboard.js";
 import { Markdown } from "./markdown.js";
 
 const ENDS = {
-  length: "reached the most tokens",
+  length: "reached the most tokens that were allowed",
   cancelled: "stopped",
   timeout: "took longer than the server allows",
   shutdown: "cut off, the server stops",
@@ -114,7 +114,7 @@ function facts({ end, usage, timings }) {
   if (ENDS[end]) told.push(ENDS[end]);
   if (usage?.completion_tokens) told.push(`${usage.completion_tokens} tokens`);
   if (timings?.tokens_per_s) told.push(`${timings.tokens_per_s.toFixed(1)} tokens/s`);
-  if (timings?.ttft_ms) told.push(`first after ${duration(timings.ttft_ms)}`);
+  if (timings?.ttft_ms) told.push(`first token after ${duration(timings.ttft_ms)}`);
   return told.join(" · ");
 }
 

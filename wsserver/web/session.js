@@ -112,6 +112,7 @@ export class Session extends EventTarget {
     if (error.code === "unauthenticated") {
       this.#starting = true;
       this.chat?.close();
+      this.#enter("closed", { error: new Error("A key is needed") });
       localStorage.setItem(KEY, await this.#askForKey(this.hasKey ? WRONG_KEY : ""));
       await this.start();
     } else if (error.code === "unreachable") {
