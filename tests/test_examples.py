@@ -16,11 +16,10 @@ from tests.conftest import Running, eventually
 from tests.scripted import ScriptedModel, scripted
 from tests.torture.proxy import PROXIED, Proxy
 from tests.web.chromium import NEEDS_CHROMIUM, chromium
-from tests.web.node import NEEDS_NODE, NODE, WEB
+from tests.web.node import FLAGS, NEEDS_NODE, NODE, WEB
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ADDRESS = "ws://127.0.0.1:41443/ws"
-NODE_WITH_SOCKETS = (NODE or "node", "--experimental-websocket", "--no-warnings")
 
 # What a page is to the script of the browser's example, and what its user does.
 BEFORE = """
@@ -83,7 +82,7 @@ async def test_the_shells_example_prints_one_answer_and_ends(tmp_path: Path) -> 
 @NEEDS_NODE
 async def test_the_node_example_takes_its_answer_up_after_a_cut() -> None:
     async with scripted(allow_host=PROXIED) as (server, model), cut_in_the_middle(server, model) as url:
-        printed = await printed_by(*NODE_WITH_SOCKETS, str(EXAMPLES / "stream_and_stop.mjs"), url)
+        printed = await printed_by(NODE, *FLAGS, str(EXAMPLES / "stream_and_stop.mjs"), url)
         assert printed == "Once upon a time\n[stop after 17 tokens]\n"
 
 
@@ -96,7 +95,7 @@ async def test_the_browser_example_takes_its_answer_up_after_a_cut(tmp_path: Pat
         shutil.copyfile(WEB / "client.js", tmp_path / "client.mjs")
         code = found[1].replace("http://127.0.0.1:41443/client.js", "./client.mjs").replace(ADDRESS, url)
         (tmp_path / "page.mjs").write_text(BEFORE + code + AFTER)
-        printed = await printed_by(*NODE_WITH_SOCKETS, str(tmp_path / "page.mjs"))
+        printed = await printed_by(NODE, *FLAGS, str(tmp_path / "page.mjs"))
         assert printed == "Tell me a story. [stop]\n"
 
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from playwright.async_api import expect
 
 from tests.conftest import DEFAULT_MODEL
@@ -14,6 +15,7 @@ pytestmark = NEEDS_CHROMIUM
 PATIENCE = 60_000.0  # milliseconds, for a model on a busy machine
 
 
+@pytest.mark.timeout(300)
 async def test_whoever_opens_the_printed_address_chats_and_stops_and_chats_on(
     tmp_path: Path, default_model_folder: Path
 ) -> None:
