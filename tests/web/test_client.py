@@ -15,11 +15,11 @@ from websockets.http11 import Request, Response
 
 from tests.conftest import Running, eventually
 from tests.scripted import ScriptedModel, in_engine, put, scripted
+from tests.test_auth import names
 from tests.torture.proxy import PROXIED, Link, Proxy
 from tests.web.node import NEEDS_NODE, WEB, node
 from wsserver.auth import Keys, digest
 from wsserver.job import Job
-from wsserver.session import Session
 
 pytestmark = NEEDS_NODE
 
@@ -558,7 +558,7 @@ async def test_the_key_goes_with_the_first_init_and_with_no_second_one(tmp_path:
             assert await running.says() is True
             assert await running.says() == "open"
             # The third one has asked for nothing, and is known all the same.
-            await eventually(lambda: [session.key for session in sessions(server)] == ["alice"] * 3)
+            await eventually(lambda: names(server) == ["alice"] * 3)
             running.tell()
         assert (other.loads, default.loads) == (1, 1)
 
@@ -606,10 +606,6 @@ async def test_who_needs_a_key_and_has_none_is_told_by_name(tmp_path: Path) -> N
         node(tmp_path, server.url, script) as running,
     ):
         assert await running.says() == "unauthenticated"
-
-
-def sessions(server: Running) -> list[Session]:
-    return [connection.peer.session for connection in server.server._connections]
 
 
 # The files.

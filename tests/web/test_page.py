@@ -18,12 +18,12 @@ from websockets.datastructures import Headers
 
 from tests.conftest import ECHO, Running, eventually
 from tests.scripted import put, scripted
+from tests.test_auth import names
 from tests.test_main import process
 from tests.torture.proxy import PROXIED, Proxy
 from tests.web.chromium import AXE, NEEDS_CHROMIUM, PHONE, WIDE, Tab, chromium, open_tab, opened, page_url, profile
 from wsserver.auth import Keys, digest
 from wsserver.door import Denied
-from wsserver.session import Session
 
 pytestmark = [NEEDS_CHROMIUM, pytest.mark.asyncio(loop_scope="module")]
 
@@ -339,7 +339,7 @@ async def test_a_key_is_asked_for_where_the_server_wants_one_and_a_wrong_one_cos
         await tab.connected()
         await tab.ask("abc")
         await expect(tab.said()).to_have_text("abc")
-        assert {session.key for session in sessions(server)} == {"alice"}
+        assert set(names(server)) == {"alice"}
         await tab.page.reload()
         await tab.connected()
         await tab.button("Settings").click()
@@ -371,10 +371,6 @@ async def test_a_key_that_was_taken_away_is_asked_for_when_the_line_comes_back(b
         assert tab.complaints == []
 
 
-def sessions(server: Running) -> list[Session]:
-    return [connection.peer.session for connection in server.server._connections]
-
-
 async def test_where_no_connection_is_taken_yet_it_is_tried_again_by_itself_and_at_once_if_one_asks(
     browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,11 +385,16 @@ async def test_where_no_connection_is_taken_yet_it_is_tried_again_by_itself_and_
 
         monkeypatch.setattr(door, "admit", refuse)
         tab = Tab(await context.new_page())
+        await tab.page.clock.install()
         await tab.page.goto(page_url(server.url))
         await expect(tab.connection).to_have_text("Reconnecting in 3 s")
         await expect(tab.send).to_be_disabled()
+        refused = len(tab.complaints)
         await tab.button("Try now").click()
         # The second try is refused too; the third comes by itself.
+        await eventually(lambda: len(tab.complaints) > refused)
+        await expect(tab.connection).to_have_text("Reconnecting in 3 s")
+        await tab.page.clock.run_for(3_000)
         await tab.connected()
 
 
@@ -475,6 +476,7 @@ async def test_the_policy_refuses_scripts_markup_and_other_places(browser: Brows
 CUTS = r"""
 async ([source, cuts]) => {
   const { Markdown, blocks, parsed } = await import("/markdown.js");
+  window.requestAnimationFrame = (show) => setTimeout(() => show(performance.now())); // no screen is waited for
   const [grown, whole] = [document.createElement("div"), document.createElement("div")];
   const markdown = new Markdown(grown);
   let from = 0;
