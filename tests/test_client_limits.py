@@ -112,7 +112,8 @@ async def test_what_a_page_loads_takes_no_handshake_and_has_a_bound_of_its_own()
         for _ in range(2):
             async with server.client() as client:
                 await client.settle()
-        assert (await get(server, "/"))[0] == 429
+        statuses = [(await get(server, "/"))[0] for _ in range(20)]  # faster than two of them come back a second
+        assert 429 in statuses
 
 
 async def test_fifty_tabs_that_open_at_once_behind_one_address_are_all_served() -> None:

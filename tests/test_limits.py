@@ -124,15 +124,6 @@ def test_arrivals_are_counted_by_the_second_also_those_of_connections_that_have_
     assert accounts.enter(B, 1.0) is None
 
 
-def test_eight_files_of_the_page_are_one_handshake() -> None:
-    accounts = Accounts(CONFIG)
-    for _ in range(9 * 8 + 1):
-        assert accounts.enter(A, 0.0) is None
-        accounts.fetched(A, 0.0)
-        accounts.leave(A)
-    assert accounts.enter(A, 0.0) is HTTPStatus.TOO_MANY_REQUESTS
-
-
 def test_a_request_too_many_is_told_whether_too_many_are_active_or_wait() -> None:
     account = Account(CONFIG)
     bills = [Bill(account), Bill(account)]
