@@ -10,6 +10,7 @@ WORKDIR /app
 # What changes rarely first: the packages take minutes and gigabytes.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY wsserver/__init__.py wsserver/
+COPY wsserver/client/__init__.py wsserver/client/
 COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
 COPY LLM/engine/__init__.py LLM/engine/

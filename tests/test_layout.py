@@ -297,7 +297,11 @@ def test_the_rules_look_at_every_file_of_the_product():
 
 def test_every_package_is_installed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert set(settings["packages"]) == {name for name in PRODUCT if (ROOT / name.replace(".", "/")).is_dir()}
+    folders = {name: name.replace(".", "/") for name in PRODUCT if (ROOT / name.replace(".", "/")).is_dir()}
+    assert set(settings["packages"]) == folders.keys()
+    # The container installs before it has the code, and wants to see each of them.
+    container = (ROOT / "Dockerfile").read_text()
+    assert all(f"COPY {folder}/__init__.py {folder}/\n" in container for folder in folders.values())
 
 
 def test_the_composition_root_knows_everybody():
