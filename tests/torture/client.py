@@ -61,8 +61,13 @@ class Line:
         """Read on until a condition holds or the connection is gone."""
         while not (condition() or self.gone):
             self._news.clear()
-            async with asyncio.timeout(PATIENCE):
-                await self._news.wait()
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self._news.wait()
+            except TimeoutError:
+                raise AssertionError(
+                    f"no frame for {PATIENCE:.0f} s on {self.link}: {self.checker.open_questions()}"
+                ) from None
 
     async def ended(self) -> None:
         """Wait for the connection's end, and let the judge's objection out if it had one."""

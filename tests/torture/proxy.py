@@ -30,6 +30,10 @@ class Link:
         self._latency = 0.0
         self._piece = CHUNK
 
+    def __repr__(self) -> str:
+        flow = "flowing" if self._flowing.is_set() else "frozen"
+        return f"<a link that is {flow}, {self._latency} s late, {self._piece} bytes at a time, cut: {self._is_cut}>"
+
     def start(self) -> asyncio.Task[None]:
         """Begin to forward; give what ends with the link."""
         directions = ((self._client, self._server), (self._server, self._client))
