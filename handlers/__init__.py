@@ -9,8 +9,7 @@ from handlers.init import init
 from handlers.resume import resume
 from handlers.status import status
 from LLM.model_service import ModelService
-from wsserver.connection import Dispatch
-from wsserver.peer import Peer
+from wsserver.peer import Dispatch, Peer
 from wsserver.protocol import Cancel, ClientMessage, Generate, Init, Resume, Status
 
 HANDLERS: dict[type[ClientMessage], Callable[[Any, Peer, ModelService], None]] = {

@@ -6,17 +6,15 @@ is read in every state.
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
 
 from websockets.asyncio.server import ServerConnection, broadcast
 from websockets.exceptions import ConnectionClosed
 
-from wsserver import protocol, tcp
+from wsserver import tcp
 from wsserver.liveness import Liveness
 from wsserver.outbox import Outbox, OutboxFull
-from wsserver.peer import Peer
-from wsserver.protocol import ClientMessage, CloseCode, Done, Goaway, Refusal, ServerMessage
+from wsserver.peer import Dispatch, Peer, Whose
+from wsserver.protocol import CloseCode, Done, Goaway, ServerMessage
 from wsserver.resumables import Resumables
 from wsserver.session import Session, TooManyBadMessages, TooManyMessages, WrongKey
 
@@ -30,11 +28,6 @@ MAX_UNREAD_FRAMES = 1024
 
 # The most text that a client that resumes is sent in one frame.
 MAX_REPLAY_BYTES = 65_536
-
-# What handles one client message: it decides and spawns, and never waits.
-Dispatch = Callable[[ClientMessage, Peer], None]
-# What gives the name of a key's owner, None if the key is wrong.
-Whose = Callable[[str], str | None]
 
 
 class Connection:
@@ -160,18 +153,10 @@ class Connection:
             pass  # the usual end of many clients: a tab closed, a network gone
 
     def _receive(self, text: str) -> None:
-        session, now = self.peer.session, time.monotonic()
         try:
-            try:
-                session.heard(text, now)
-                message = protocol.decode(text, session.server.config.max_json_depth)
-                session.authenticate(message, self._whose)
-                session.understood(message, now)
-                self._dispatch(message, self.peer)
-            except Refusal as refusal:
-                self.push(session.answer(refusal))
-                if isinstance(refusal, WrongKey):
-                    self.close(CloseCode.NOT_AUTHENTICATED, "the key is wrong")
+            self.peer.hear(text, self._dispatch, self._whose)
+        except WrongKey:
+            self.close(CloseCode.NOT_AUTHENTICATED, "the key is wrong")
         except TooManyBadMessages:
             self.close(CloseCode.TOO_MANY_BAD_MESSAGES, "too many bad messages")
         except TooManyMessages:

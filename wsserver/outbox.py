@@ -45,10 +45,10 @@ class Outbox:
         """
         id = getattr(frame, "id", None)
         place = self._last.get(id) if id is not None else None
-        if place is not None and (joined := _join(self._frames[place], frame)):
+        if place is not None and (one := joined(self._frames[place], frame)):
             # Measuring a growing text again for every token that joins it would cost the square of its length.
-            size = self._sizes[place] + _content(frame) if isinstance(frame, Token) else weight(joined)
-            self._put(place, joined, size)
+            size = self._sizes[place] + _content(frame) if isinstance(frame, Token) else weight(one)
+            self._put(place, one, size)
             return
         self._serial += 1
         self._put(self._serial, frame, weight(frame))
@@ -63,6 +63,11 @@ class Outbox:
 
     def pop(self) -> bytes | None:
         """Take the oldest frame out, encoded; None if there is none. The one taken out before it must have gone by then."""
+        frame = self.take()
+        return None if frame is None else encode(frame)
+
+    def take(self) -> ServerMessage | None:
+        """Take the oldest frame out like `pop`, as it is."""
         self.size -= self._taken
         self._taken = 0
         if not self._frames:
@@ -75,7 +80,7 @@ class Outbox:
         id = getattr(frame, "id", None)
         if id is not None and self._last.get(id) == place:
             del self._last[id]
-        return encode(frame)
+        return frame
 
     def drop_tokens(self, id: str) -> None:
         """Forget the unread token frame of an id; by merging there is one at most, and it is the id's newest."""
@@ -96,7 +101,7 @@ class Outbox:
         return isinstance(frame, Done) and not any(isinstance(unread, Done) for unread in self._frames.values())
 
 
-def _join(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
+def joined(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:
     """Make one frame of an id's newest unread one and the next; None if both have to be sent."""
     if isinstance(unread, Token) and isinstance(frame, Token):
         logprobs = None

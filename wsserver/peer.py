@@ -9,9 +9,14 @@ from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from wsserver.job import Job
-from wsserver.protocol import Detached, Generate, Init, Refusal, Resume, Resumed, ServerMessage, Token
+from wsserver.protocol import ClientMessage, Detached, Generate, Init, Refusal, Resume, Resumed, ServerMessage, Token, decode
 from wsserver.resumables import Resumables
-from wsserver.session import Session, StopReason
+from wsserver.session import Session, StopReason, WrongKey
+
+# What handles one client message: it decides and spawns, and never waits.
+Dispatch = Callable[[ClientMessage, "Peer"], None]
+# What gives the name of a key's owner, None if the key is wrong.
+Whose = Callable[[str], str | None]
 
 NEVER_THERE = "$.after_seq: no token frame ended there; give the seq + n of the last one received, 0 if there was none"
 
@@ -111,6 +116,26 @@ class Peer:
         self.send(Detached(id=job.id))
 
     # For whoever holds the link.
+
+    def hear(self, text: str, dispatch: Dispatch, whose: Whose) -> None:
+        """Take one message of the client's; one that is refused is answered.
+
+        Raises:
+            WrongKey: it has shown a wrong key, and was told so.
+            TooManyBadMessages: it sends nothing but nonsense, and is not answered any more.
+            TooManyMessages: it does not slow down though it was told to.
+        """
+        session, now = self.session, time.monotonic()
+        try:
+            session.heard(text, now)
+            message = decode(text, session.server.config.max_json_depth)
+            session.authenticate(message, whose)
+            session.understood(message, now)
+            dispatch(message, self)
+        except Refusal as refusal:
+            self._link.push(session.answer(refusal))
+            if isinstance(refusal, WrongKey):
+                raise
 
     def stop_all(self, reason: StopReason) -> None:
         """Stop everything that still runs."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 from websockets.asyncio.server import Server as WebSocketServer
 from websockets.asyncio.server import ServerConnection, broadcast, serve
@@ -23,12 +23,13 @@ from wsserver import __version__, tcp
 from wsserver.accepted import Accepted
 from wsserver.auth import Keys
 from wsserver.config import Config
-from wsserver.connection import CLOSE_TIMEOUT, Connection, Dispatch
+from wsserver.connection import CLOSE_TIMEOUT, Connection
 from wsserver.door import Denied, Door
 from wsserver.limits import address_of
 from wsserver.liveness import Liveness, ping_interval
 from wsserver.outbox import Outbox
 from wsserver.pages import load_pages
+from wsserver.peer import Dispatch, Peer
 from wsserver.protocol import SUBPROTOCOL, CloseCode
 from wsserver.resumables import Resumables
 from wsserver.session import ServerState, Session
@@ -51,6 +52,24 @@ USAGE = (
     "wsserver speaks WebSocket at /ws; protocol.md describes the messages. "
     "GET /healthz says whether it is up, GET /readyz whether it can serve.\n"
 )
+
+
+class Client(Protocol):
+    """A client as a drain sees it, whatever it speaks through."""
+
+    peer: Peer
+
+    def go_away(self, deadline: float) -> None:
+        """Tell it that the server stops in `deadline` seconds."""
+        ...
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """Stop all its work, and let it go once it was told everything."""
+        ...
+
+    async def closed(self) -> None:
+        """Wait until it is gone."""
+        ...
 
 
 class Server:
@@ -82,6 +101,8 @@ class Server:
         self.tls = tls
         self._pages = load_pages() if config.page else {}
         self._connections: dict[Connection, Liveness] = {}
+        # Clients that came another way than by this listener.
+        self.guests: set[Client] = set()
         self._listener: WebSocketServer
         self._next_look: asyncio.TimerHandle
         self._finish_by = 0.0  # when what runs has to have ended, once it drains
@@ -133,16 +154,20 @@ class Server:
         """Stop serving: no new generations, running ones may finish until the deadline, then every client is closed."""
         self.state.draining = True
         self._finish_by = time.monotonic() + self._config.drain_timeout - min(CLOSING, self._config.drain_timeout / 2)
-        for connection in list(self._connections):
-            connection.go_away(self._time_to_finish)
+        for client in self._clients:
+            client.go_away(self._time_to_finish)
         await _within(self._time_to_finish, self._all_idle())
-        for connection in list(self._connections):
-            connection.peer.stop_all("shutdown")
+        for client in self._clients:
+            client.peer.stop_all("shutdown")
         await _within(STOP_GRACE, self._all_idle())
-        connections = list(self._connections)
-        for connection in connections:
-            connection.close(CloseCode.SERVICE_RESTART, "the server is stopping; connect again in a moment")
-        await _within(2 * CLOSE_TIMEOUT + 1, asyncio.gather(*(connection.closed() for connection in connections)))
+        clients = self._clients
+        for client in clients:
+            client.close(CloseCode.SERVICE_RESTART, "the server is stopping; connect again in a moment")
+        await _within(2 * CLOSE_TIMEOUT + 1, asyncio.gather(*(client.closed() for client in clients)))
+
+    @property
+    def _clients(self) -> list[Client]:
+        return [*self._connections, *self.guests]
 
     @property
     def _time_to_finish(self) -> float:
@@ -150,7 +175,7 @@ class Server:
 
     async def _all_idle(self) -> None:
         """Wait until nobody has an open id; what is resumed meanwhile counts too."""
-        while busy := [connection.peer for connection in self._connections if connection.peer.session.active]:
+        while busy := [client.peer for client in self._clients if client.peer.session.active]:
             await asyncio.gather(*(peer.idle() for peer in busy))
 
     async def _accept(self, client: ServerConnection) -> None:
