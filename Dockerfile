@@ -11,14 +11,16 @@ WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY wsserver/__init__.py wsserver/
 COPY wsserver/client/__init__.py wsserver/client/
+COPY wsserver_mqtt/__init__.py wsserver_mqtt/
 COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
 COPY LLM/engine/__init__.py LLM/engine/
-RUN pip install --constraint constraints.txt --editable .
+RUN pip install --constraint constraints.txt --editable ".[mqtt]"
 
 COPY LLM LLM
 RUN python -m LLM.default_model
 COPY wsserver wsserver
+COPY wsserver_mqtt wsserver_mqtt
 COPY handlers handlers
 
 RUN useradd --system wsserver

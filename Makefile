@@ -8,10 +8,13 @@ AUTOBAHN := build/autobahn
 NODE_PACKAGES := tests/web/node_modules/.package-lock.json
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Where nothing can be reached it gives up soon.
+APT := timeout 600 apt-get --yes -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 -o Acquire::Retries=1
+
 # The Autobahn testsuite is a Python 2.7 program. pyenv's launchers find one only where it is chosen, so pyenv is asked first.
 PYTHON2 ?= $(or $(wildcard $(shell pyenv prefix 2.7 2>/dev/null)/bin/python2.7),$(shell command -v python2.7 2>/dev/null))
 
-.PHONY: help serve install test chromium fuzz torture autobahn bench check format clean
+.PHONY: help serve install test packages fuzz torture autobahn bench check format clean
 
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
@@ -30,7 +33,7 @@ serve: install
 
 install: .venv/installed $(MODEL)
 
-test: .venv/installed-dev $(MODEL) $(GEMMA) $(NODE_PACKAGES) chromium
+test: .venv/installed-dev $(MODEL) $(GEMMA) $(NODE_PACKAGES) packages
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # One arena for all threads: those of many fill for long, which would look like a leak.
@@ -50,7 +53,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive wsserver handlers LLM
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive wsserver wsserver_mqtt handlers LLM
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .
@@ -64,7 +67,7 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "making .venv; this takes a few minutes once"
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(PIP) --editable ".[mqtt]"
 	touch $@
 
 .venv/installed-dev: .venv/installed
@@ -83,13 +86,14 @@ $(NODE_PACKAGES): tests/web/package-lock.json
 	@npm ci --prefix tests/web --no-audit --no-fund --silent --fetch-retries 1 --fetch-timeout 60000 \
 		|| echo "npm has not installed what some tests of client.js and the chat page need; those are skipped"
 
-chromium:
-	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
-		echo "installing Chromium, for the tests of the chat page"; \
-		{ timeout 300 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 \
-			apt-get install -y -qq --no-install-recommends chromium fonts-liberation >/dev/null; } \
-			|| echo "Chromium could not be installed; the tests of the chat page are skipped"; \
-	fi
+packages:
+	@PATH="$$PATH:/usr/sbin"; missing=""; \
+	command -v chromium >/dev/null || missing="chromium fonts-liberation"; \
+	command -v mosquitto >/dev/null && command -v mosquitto_pub >/dev/null || missing="$$missing mosquitto mosquitto-clients"; \
+	test -z "$$missing" || { echo "installing $$missing for the tests" \
+	&& command -v apt-get >/dev/null && test "$$(id -u)" = 0 && export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	&& { $(APT) update && $(APT) install --no-install-recommends $$missing; } >/dev/null 2>&1; } \
+	|| echo "it could not be installed; the tests that need it are skipped"
 
 # The last virtualenv that makes environments of Python 2.7.
 $(AUTOBAHN)/installed: | .venv/installed-dev

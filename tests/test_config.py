@@ -58,6 +58,13 @@ OPTIONS: dict[str, tuple[str, object]] = {
     "max_tokens": ("512", 512),
     "tokens_per_minute": ("6000", 6000),
     "share_prefixes": ("off", False),
+    "mqtt_url": ("mqtt://me@broker", "mqtt://me@broker"),
+    "mqtt_root": ("llm/kitchen", "llm/kitchen"),
+    "mqtt_reply_topics": ("a/b, c", ("a/b", "c")),
+    "mqtt_interval": ("0.1", 0.1),
+    "mqtt_ca": ("pyproject.toml", "pyproject.toml"),
+    "mqtt_cert": ("pyproject.toml", "pyproject.toml"),
+    "mqtt_key": ("pyproject.toml", "pyproject.toml"),
     "log_level": ("debug", "debug"),
     "log_content": ("on", True),
     "echo_path": ("on", True),
@@ -121,6 +128,10 @@ BAD = [
     ("request_timeout", "0"),
     ("request_timeout", "never"),
     ("step_timeout", "0.0"),
+    ("mqtt_interval", "often"),
+    ("mqtt_ca", "/no/such/file"),
+    ("mqtt_cert", "/no/such/file"),
+    ("mqtt_key", "/no/such/file"),
     ("max_outbox_bytes", "1048576"),
     ("max_outbox_bytes", "auto"),
     ("stall_timeout", "0"),
@@ -233,6 +244,13 @@ def test_without_arguments_the_defaults_are_served() -> None:
         max_tokens=None,
         tokens_per_minute=1_000_000,
         share_prefixes=True,
+        mqtt_url="",
+        mqtt_root=None,
+        mqtt_reply_topics=(),
+        mqtt_interval=0.05,
+        mqtt_ca="",
+        mqtt_cert="",
+        mqtt_key="",
         log_level="info",
         log_content=False,
         echo_path=False,
@@ -242,7 +260,7 @@ def test_without_arguments_the_defaults_are_served() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["models", "memory", "kv_memory", "keep_alive", "threads", "max_prompt_tokens", "max_tokens"]
+    "name", ["models", "memory", "kv_memory", "keep_alive", "threads", "max_prompt_tokens", "max_tokens", "mqtt_root"]
 )
 def test_auto_may_be_said(name: str) -> None:
     assert getattr(parse([flag(name), "auto"], {variable(name): OPTIONS[name][0]})[1], name) is None

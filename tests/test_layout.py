@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("wsserver", "handlers", "LLM")
+PACKAGES = ("wsserver", "wsserver_mqtt", "handlers", "LLM")
 
 Modules = dict[str, ast.Module]
 Rule = Callable[[Modules], list[str]]
@@ -75,7 +75,12 @@ def reached(modules: Modules, start: str) -> set[str]:
 
 
 def packages_know_only_what_they_may(modules: Modules) -> list[str]:
-    strangers = {"wsserver": ("LLM", "handlers"), "LLM": ("wsserver", "handlers"), "handlers": ()}
+    strangers: dict[str, tuple[str, ...]] = {
+        "wsserver": ("LLM", "handlers", "wsserver_mqtt"),
+        "wsserver_mqtt": ("LLM", "handlers"),
+        "LLM": ("wsserver", "wsserver_mqtt", "handlers"),
+        "handlers": ("wsserver_mqtt",),
+    }
     return [
         name
         for package, unknown in strangers.items()
@@ -222,6 +227,10 @@ def nothing_sleeps(modules: Modules) -> list[str]:
     ]
 
 
+def one_file_knows_the_mqtt_library(modules: Modules) -> list[str]:
+    return [name for name in importers(modules, "aiomqtt", "paho") if name != "wsserver_mqtt.broker"]
+
+
 def one_file_awaits_the_socket(modules: Modules) -> list[str]:
     return [
         f"{module}:{node.lineno}"
@@ -238,6 +247,8 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (packages_know_only_what_they_may, {"wsserver.session": "from handlers import dispatcher"}),
     (packages_know_only_what_they_may, {"LLM.engine.thread": "from wsserver.protocol import Token"}),
     (packages_know_only_what_they_may, {"LLM.model": "import handlers"}),
+    (packages_know_only_what_they_may, {"wsserver_mqtt.face": "from handlers import dispatcher"}),
+    (packages_know_only_what_they_may, {"wsserver.peer": "from wsserver_mqtt.reply import Reply"}),
     (imports_are_absolute, {"wsserver.server": "from . import protocol"}),
     (torch_is_imported_under_llm_only, {"handlers.status": "import torch.cuda"}),
     (torch_is_imported_under_llm_only, {"wsserver.server": "from transformers import AutoTokenizer"}),
@@ -270,6 +281,7 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (no_file_is_a_drawer_of_odds_and_ends, {"LLM.engine.utils": ""}),
     (nothing_sleeps, {"wsserver.server": "async def f():\n    await asyncio.sleep(0.1)"}),
     (nothing_sleeps, {"LLM.model": "from time import sleep\nsleep(DELAY)"}),
+    (one_file_knows_the_mqtt_library, {"wsserver_mqtt.reply": "from aiomqtt import Client"}),
     (one_file_awaits_the_socket, {"handlers.cancel": "async def f(socket):\n    await socket.send('x')"}),
 ]
 RULES = list(dict.fromkeys(rule for rule, _ in BREACHES))

@@ -7,7 +7,7 @@ import signal
 import ssl
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +34,14 @@ try:
 except ImportError:  # not to be had on every platform
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop  # type: ignore[no-redef]
 
+try:
+    from wsserver_mqtt.start import make_face
+except ImportError:  # of an extra, which is not installed
+    make_face = None  # type: ignore[assignment]
+
 log = logging.getLogger("wsserver")
+
+NO_MQTT = '--mqtt-url: MQTT is an extra that is not installed; pip install "wsserver[mqtt]"'
 
 
 def main() -> None:
@@ -110,6 +117,8 @@ async def serve(config: Config) -> bool:
         closing.push_async_callback(models.close)
         server = Server(config, dispatcher(models), lambda: models.problem, keys, certified)
         await closing.enter_async_context(server)
+        if config.mqtt_url:
+            await closing.enter_async_context(_face(config, server, keys, models))
         stopping = _stop_on_signal()
         if reads:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_anew, reads)
@@ -127,6 +136,15 @@ async def serve(config: Config) -> bool:
         _say("stopping: running generations may finish")
         await server.drain()
     return models.stuck
+
+
+def _face(config: Config, server: Server, keys: Keys, models: ModelService) -> AbstractAsyncContextManager[object]:
+    """Give the server's other face, on a broker."""
+    if make_face is None:
+        raise BadSetting(NO_MQTT)
+    # Like the key this is for nobody whom this process starts.
+    password = os.environ.pop("WSSERVER_MQTT_PASSWORD", None)
+    return make_face(config, password, server, keys, dispatcher(models))
 
 
 def engine_settings(config: Config) -> EngineSettings:

@@ -26,7 +26,8 @@ messages are described in protocol.md; "wsserver schema" prints their JSON Schem
 
 Once there is a key, who comes without one is refused. "wsserver key add NAME" makes one and
 puts it into the file of --api-keys-file; one more may be in WSSERVER_API_KEY, and in no
-option, because everybody on a machine can read its command lines. On SIGHUP the files of keys
+option, because everybody on a machine can read its command lines; so the broker's password is in
+WSSERVER_MQTT_PASSWORD. On SIGHUP the files of keys
 and certificates are read anew.
 """
 
@@ -88,6 +89,13 @@ class Config:
     max_tokens: int | None = None
     tokens_per_minute: int = 1_000_000
     share_prefixes: bool = True
+    mqtt_url: str = ""
+    mqtt_root: str | None = None
+    mqtt_reply_topics: tuple[str, ...] = ()
+    mqtt_interval: float = 0.05
+    mqtt_ca: str = ""
+    mqtt_cert: str = ""
+    mqtt_key: str = ""
     log_level: str = "info"
     log_content: bool = False
     echo_path: bool = False

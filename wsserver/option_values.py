@@ -28,6 +28,16 @@ def written(value: Any) -> str:
     return str(IN_WORDS.get(value, value))
 
 
+def word(text: str) -> str:
+    """Read a text, or none."""
+    return "" if text == "none" else text
+
+
+def word_or_auto(text: str) -> str | None:
+    """Read a text, or auto."""
+    return None if text == "auto" else text
+
+
 def port(text: str) -> int:
     """Read a port."""
     if not text.isdecimal() or int(text) > 65535:

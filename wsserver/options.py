@@ -206,6 +206,29 @@ GROUPS = {
             "whether a prompt may begin with what another key's left in the KV cache, which its timing tells: on, off",
         ),
     ),
+    "on an MQTT broker": (
+        Option(
+            "mqtt-url", values.word, "URL", "broker to serve on as well, like mqtt://user@127.0.0.1, or mqtts:// for TLS"
+        ),
+        Option(
+            "mqtt-root",
+            values.word_or_auto,
+            "T",
+            "topic that all of this server's begin with; auto is llm/ and the host's name",
+        ),
+        Option(
+            "mqtt-reply-topics",
+            values.names,
+            "TOPICS",
+            "topics, with commas between them, under which answers may go that go nowhere below the root's /reply",
+        ),
+        Option("mqtt-interval", values.seconds, "S", "seconds between two messages of one answer, which merge"),
+        Option(
+            "mqtt-ca", values.file, "FILE", "file of the certificates that the broker's is checked with, if not the system's"
+        ),
+        Option("mqtt-cert", values.file, "FILE", "file of the certificate that the broker is shown"),
+        Option("mqtt-key", values.file, "FILE", "file of that certificate's key"),
+    ),
     "logs and tests": (
         Option("log-level", values.log_level, "LEVEL", "how much to log: debug, info, warning, error"),
         Option("log-content", values.switch, "ON", "log prompts and answers, at level debug: on, off"),

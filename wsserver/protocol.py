@@ -372,12 +372,7 @@ def decode(text: str, max_depth: int = 1024) -> ClientMessage:
     Raises:
         Refusal: `bad_json`, `unknown_type`, or `bad_message` naming the field.
     """
-    try:
-        fields = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise Refusal("bad_json", f"the frame is not one JSON object: {error}") from None
-    if _deeper_than(max_depth, fields):
-        raise Refusal("bad_json", f"the frame nests more than {max_depth} levels")
+    fields = parse(text, max_depth)
     kind = fields.get("type") if isinstance(fields, dict) else None
     if not isinstance(kind, str):
         raise Refusal("bad_message", "$.type: send one JSON object with a type, one of " + ", ".join(CLIENT_TYPES))
@@ -388,6 +383,21 @@ def decode(text: str, max_depth: int = 1024) -> ClientMessage:
     except msgspec.ValidationError as error:
         id, valid = _valid_id(fields)
         raise Refusal("bad_message", _named(error), id, answers_with_done=valid and kind == "generate") from None
+
+
+def parse(text: str, max_depth: int) -> Any:
+    """Read JSON that nests no deeper than `max_depth` levels.
+
+    Raises:
+        Refusal: `bad_json`.
+    """
+    try:
+        fields = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise Refusal("bad_json", f"the frame is not one JSON object: {error}") from None
+    if _deeper_than(max_depth, fields):
+        raise Refusal("bad_json", f"the frame nests more than {max_depth} levels")
+    return fields
 
 
 def encode(message: ServerMessage) -> bytes:

@@ -1,0 +1,196 @@
+"""A real Mosquitto on a free port, and a client of it that judges the frames it gets as the WebSocket's client does."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiomqtt
+import orjson
+import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from handlers import dispatcher
+from tests.checker import Checker
+from tests.conftest import PATIENCE, Running, eventually
+from tests.scripted import ScriptedModel, scripted
+from wsserver.auth import Keys
+from wsserver_mqtt.address import address
+from wsserver_mqtt.face import Face
+from wsserver_mqtt.topics import Topics
+
+# Debian puts it where only root looks.
+MOSQUITTO = shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="needs mosquitto")
+
+ROOT = "llm/test"
+OPEN = ["allow_anonymous true", "set_tcp_nodelay true"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Mosquitto:
+    """A broker that can be killed and started again on its port."""
+
+    def __init__(self, folder: Path, lines: list[str]) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._lines = [f"listener {self.port} 127.0.0.1", "user root", "log_dest stderr", *lines]
+        self._process: asyncio.subprocess.Process
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "mosquitto.log").read_text()
+
+    async def start(self) -> None:
+        config = self._folder / "mosquitto.conf"
+        config.write_text("\n".join(self._lines) + "\n")
+        assert MOSQUITTO
+        with (self._folder / "mosquitto.log").open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(MOSQUITTO, "-c", str(config), stderr=log)
+        await eventually(lambda: " running" in self.log or self._process.returncode is not None)
+        assert self._process.returncode is None, self.log
+
+    async def stop(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def mosquitto(folder: Path, lines: list[str] = OPEN) -> AsyncIterator[Mosquitto]:
+    broker = Mosquitto(folder, lines)
+    await broker.start()
+    try:
+        yield broker
+    finally:
+        await broker.stop()
+
+
+class Device:
+    """A client on the broker, whose answers go to one topic; every frame passes the checker."""
+
+    def __init__(self, client: aiomqtt.Client, reply: str, modern: bool) -> None:
+        self.client = client
+        self.reply = reply
+        self.checker = Checker()
+        self.frames: list[dict[str, Any]] = []
+        self.messages: list[aiomqtt.Message] = []
+        self._modern = modern
+
+    async def send(self, correlation: bytes | None = None, expires_in: int | None = None, **message: Any) -> None:
+        """Publish one message, given as its fields, at the topic for requests, or for cancels if it is one."""
+        self.checker.sent(message)
+        topic = f"{ROOT}/{'cancel' if message.get('type') == 'cancel' else 'request'}"
+        await self.publish(topic, orjson.dumps(self.addressed(message)), correlation, expires_in)
+
+    def addressed(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Give a message as it is sent: MQTT 3.1.1 has no other place for the topic of the answer."""
+        return message if self._modern else message | {"reply_to": self.reply}
+
+    async def publish(
+        self, topic: str, payload: bytes, correlation: bytes | None = None, expires_in: int | None = None
+    ) -> None:
+        """Publish anything."""
+        properties = None
+        if self._modern:
+            properties = Properties(PacketTypes.PUBLISH)
+            properties.ResponseTopic = self.reply
+            if correlation is not None:
+                properties.CorrelationData = correlation
+            if expires_in is not None:
+                properties.MessageExpiryInterval = expires_in
+        await self.client.publish(topic, payload, qos=1, properties=properties)
+
+    async def receive(self) -> dict[str, Any]:
+        """Give the next frame of any kind."""
+        async with asyncio.timeout(PATIENCE):
+            message = await anext(aiter(self.client.messages))
+        assert isinstance(message.payload, bytes)
+        frame = orjson.loads(message.payload)
+        self._judge(dict(frame))
+        self.frames.append(frame)
+        self.messages.append(message)
+        return frame
+
+    async def until(self, *kinds: str, id: str | None = None) -> dict[str, Any]:
+        """Read on until a frame of one of the kinds (and of the id, if given) comes; give that one."""
+        while True:
+            frame = await self.receive()
+            if frame["type"] in kinds and id in (None, frame.get("id")):
+                return frame
+
+    async def done(self, id: str) -> dict[str, Any]:
+        """Give the `done` of an id, received already or still to come."""
+        received = self.of(id, "done")
+        return received[-1] if received else await self.until("done", id=id)
+
+    async def generate(self, **fields: Any) -> dict[str, Any]:
+        """Run one generation to its end; give its `done`, with the joined text of its token frames in "joined"."""
+        await self.send(type="generate", **fields)
+        done = await self.until("done", id=fields.get("id"))
+        return {**done, "joined": self.checker.texts[done["id"]]}
+
+    async def settle(self) -> dict[str, Any]:
+        """Wait until the server has read everything sent so far; give the status report that says so."""
+        await self.send(type="status")
+        return await self.until("status")
+
+    def of(self, id: str, *kinds: str) -> list[dict[str, Any]]:
+        """Give the frames of an id received so far, all or those of some kinds."""
+        return [frame for frame in self.frames if frame.get("id") == id and (not kinds or frame["type"] in kinds)]
+
+    def _judge(self, frame: dict[str, Any]) -> None:
+        """Let the checker see a frame; that a streamed answer's done has the whole text is MQTT's own."""
+        asked = self.checker.open.get(frame.get("id", ""))
+        if frame["type"] == "done" and asked and asked[0].message.get("stream") is not False:
+            text = frame.pop("text", "")
+            assert text.startswith(asked[0].text), f"another text than in the tokens: {frame}"
+            assert text == asked[0].text or frame["finish_reason"] == "cancelled", f"not the tokens' text: {frame}"
+        self.checker.received(orjson.dumps(frame).decode())
+
+
+@contextlib.asynccontextmanager
+async def device(
+    broker: Mosquitto, name: str = "me", modern: bool = True, reply: str | None = None, **options: Any
+) -> AsyncIterator[Device]:
+    """Connect a client, and let it listen to its topic below the server's replies."""
+    protocol = aiomqtt.ProtocolVersion.V5 if modern else aiomqtt.ProtocolVersion.V311
+    reply = reply or f"{ROOT}/reply/{name}"
+    async with aiomqtt.Client("127.0.0.1", broker.port, protocol=protocol, **options) as client:
+        await client.subscribe(reply, qos=1)
+        yield Device(client, reply, modern)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    broker: Mosquitto, keys: Keys | None = None, topics: Topics | None = None, loaded: bool = True, **settings: Any
+) -> AsyncIterator[tuple[Running, ScriptedModel, Face]]:
+    """Serve a scripted model on a broker, and over WebSockets as ever."""
+    async with scripted(loaded, keys=keys, **settings) as (server, model):
+        at = address(broker.url, None)
+        topics = topics or Topics(ROOT)
+        async with Face(at, topics, server.server, keys or Keys({}), dispatcher(server.models)) as face:
+            await face.listening.wait()
+            yield server, model, face
