@@ -24,7 +24,15 @@ log = logging.getLogger(__name__)
 FAILED = "the model failed to load; the server's operator finds the details in its log"
 PROGRESS_INTERVAL = 0.2  # seconds between two reports of one stage's progress
 
+# What happens to a model, for whoever wants to hear of it.
+Event = Literal["loading", "ready", "load_failed", "died", "unloaded"]
 State = Literal["loading", "ready", "failed", "restarting"]
+PROBLEMS: dict[State, str | None] = {
+    "ready": None,
+    "loading": "is loading",
+    "failed": "failed; the next request loads it anew",
+    "restarting": "is restarting",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Knows no clients. A client's string is only ever looked up in the listing made a
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,18 +20,11 @@ from LLM.engine.turns import Turns
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.listing import MODELS_ROOT, list_models
-from LLM.model import FAILED, Abandoned, Model, ModelSpec, State, Waiter
+from LLM.model import FAILED, PROBLEMS, Abandoned, Event, Model, ModelSpec, Waiter
 from LLM.restarts import Restarts
 from LLM.room import leaving
 
 log = logging.getLogger(__name__)
-
-PROBLEMS: dict[State, str | None] = {
-    "ready": None,
-    "loading": "is loading",
-    "failed": "failed; the next request loads it anew",
-    "restarting": "is restarting",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +53,7 @@ class ModelService:
         self.listing = list_models(root)
         # Whether `close` had to leave a thread behind, for which the interpreter would wait at its exit.
         self.stuck = False
+        self.on_event: Callable[[Event, str], None] = lambda event, model: None
         self._options = options
         self._settings = settings
         self._keeping = keeping
@@ -175,6 +169,7 @@ class ModelService:
         if model:
             self._unload(model)
         model = self._models[spec] = self._begin_to_load(spec, plan)
+        self.on_event("loading", spec.model)
         return model
 
     def _begin_to_load(self, spec: ModelSpec, plan: Plan) -> Model:
@@ -203,12 +198,14 @@ class ModelService:
             if there and not isinstance(model.load_error, Abandoned):
                 self._missing(model, "failed to load")
             self._forget(model)
+            self.on_event("load_failed" if isinstance(model.load_error, Refused) else "unloaded", model.name)
         elif model.failed:
             self._leaving.let_go(model)
             if there:
                 self._died(model)
         elif there:
             self._missing(model, None)
+            self.on_event("ready", model.name)
 
     def _missing(self, model: Model, why: str | None) -> None:
         if model.spec == self._default_spec:
@@ -217,6 +214,7 @@ class ModelService:
     def _died(self, model: Model) -> None:
         now = self._clock.now()
         model.restarts.died(now)
+        self.on_event("died", model.name)
         log.error("the engine of %s died; it can be loaded anew in %g s", model.name, model.restarts.back_off(now))
         if model.restarts.by_itself:
             task = asyncio.create_task(self._restart(model))
@@ -258,6 +256,7 @@ class ModelService:
     def _plan_made(self, spec: ModelSpec, plan: "asyncio.Task[Plan]") -> None:
         if _failed(plan):
             self._plans.pop(spec, None)
+            self.on_event("load_failed", spec.model)
 
     @contextmanager
     def _using(self, model: Model) -> Iterator[None]:
@@ -284,6 +283,7 @@ class ModelService:
     def _unload(self, model: Model) -> None:
         self._forget(model)
         self._leaving.let_go(model)
+        self.on_event("unloaded", model.name)
 
     def _forget(self, model: Model) -> None:
         if self._models.get(model.spec) is not model:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from handlers import dispatcher
+from handlers.status import overview
 from tests.checker import Checker
 from tests.conftest import PATIENCE, Running, eventually
 from tests.scripted import ScriptedModel, scripted
@@ -191,6 +193,9 @@ async def serving(
     async with scripted(loaded, keys=keys, **settings) as (server, model):
         at = address(broker.url, None)
         topics = topics or Topics(ROOT)
-        async with Face(at, topics, server.server, keys or Keys({}), dispatcher(server.models)) as face:
+        keys, dispatch = keys or Keys({}), dispatcher(server.models)
+        face = Face(at, topics, server.server, keys, dispatch, partial(overview, server.server.state, server.models))
+        server.models.on_event = face.tell
+        async with face:
             await face.listening.wait()
             yield server, model, face

@@ -15,6 +15,7 @@ from typing import NoReturn
 import orjson
 
 from handlers import dispatcher
+from handlers.status import overview
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
@@ -144,7 +145,9 @@ def _face(config: Config, server: Server, keys: Keys, models: ModelService) -> A
         raise BadSetting(NO_MQTT)
     # Like the key this is for nobody whom this process starts.
     password = os.environ.pop("WSSERVER_MQTT_PASSWORD", None)
-    return make_face(config, password, server, keys, dispatcher(models))
+    face = make_face(config, password, server, keys, dispatcher(models), partial(overview, server.state, models))
+    models.on_event = face.tell
+    return face
 
 
 def engine_settings(config: Config) -> EngineSettings:

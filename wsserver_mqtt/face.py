@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,7 @@ from wsserver.server import Server
 from wsserver_mqtt.address import Address
 from wsserver_mqtt.back_off import delays
 from wsserver_mqtt.broker import Broker, BrokerLost
+from wsserver_mqtt.bulletin import LOOK, Bulletin, Overview
 from wsserver_mqtt.incoming import Unanswerable, read
 from wsserver_mqtt.messages import Arrived, Outgoing
 from wsserver_mqtt.replies import Replies
@@ -41,6 +43,7 @@ class Face:
         server: Server,
         keys: Keys,
         dispatch: Dispatch,
+        overview: Overview,
         waits: Callable[[], Iterator[float]] = delays,
     ) -> None:
         self.listening = asyncio.Event()  # to the broker, just now
@@ -49,6 +52,8 @@ class Face:
         self._config = server.state.config
         self._identifier = f"wsserver-{secrets.token_hex(8)}"
         self._replies = Replies(server, keys, dispatch, self._has_news)
+        self._bulletin = Bulletin(topics, overview)
+        self._happened = asyncio.Event()
         self._waits = waits
         # What has something to say, in the order in which it is its turn; and what was not acknowledged before.
         self._talking: dict[Reply, None] = {}
@@ -71,11 +76,16 @@ class Face:
         await asyncio.gather(self._run, return_exceptions=True)
         await self._replies.leave()
 
+    def tell(self, event: str, model: str) -> None:
+        """Tell everybody what happened to a model."""
+        self._bulletin.event(event, model)
+        self._happened.set()
+
     async def _stay_connected(self) -> None:
         waits = self._waits()
         while not self._closing.is_set():
             try:
-                async with Broker(self._address, self._identifier, self._config.max_message_bytes) as broker:
+                async with self._broker() as broker:
                     await broker.listen(f"{self._topics.request}/#", f"{self._topics.cancel}/#")
                     waits = self._waits()
                     log.info("mqtt: listening on %s at %s:%d", self._topics.request, self._address.host, self._address.port)
@@ -89,10 +99,14 @@ class Face:
                 log.info("mqtt: trying again in %.1f s", wait)
                 await self._until_closing(wait)
 
+    def _broker(self) -> Broker:
+        return Broker(self._address, self._identifier, self._config.max_message_bytes, self._bulletin.offline)
+
     async def _serve(self, broker: Broker) -> None:
         """Serve over one connection, until it is lost or the server ends."""
         broker.on_refused = self._refused
-        tasks = [asyncio.create_task(work) for work in (self._read(broker), self._write(broker), self._closing.wait())]
+        works = (self._read(broker), self._write(broker), self._inform(broker), self._closing.wait())
+        tasks = [asyncio.create_task(work) for work in works]
         self._found()
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -105,6 +119,7 @@ class Face:
         for end in ends:
             if isinstance(end, Exception):
                 raise end
+        broker.post(self._bulletin.offline)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await broker.acknowledged()
@@ -130,6 +145,16 @@ class Face:
                 for _ in range(BATCH):
                     self._say_one(broker)
                 await broker.written()
+
+    async def _inform(self, broker: Broker) -> None:
+        self._bulletin.start_anew()
+        while True:
+            for message in self._bulletin.due(time.monotonic()):
+                broker.post(message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK):
+                    await self._happened.wait()
+            self._happened.clear()
 
     def _say_one(self, broker: Broker) -> None:
         """Let whose turn it is say one thing."""
