@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -127,13 +128,24 @@ class Device:
 
     async def receive(self) -> dict[str, Any]:
         """Give the next frame of any kind."""
+        frame = await self.receive_unjudged()
+        self._judge(dict(frame))
+        return frame
+
+    async def receive_unjudged(self) -> dict[str, Any]:
+        """Give the next frame, where some may have been lost."""
         async with asyncio.timeout(PATIENCE):
             message = await anext(aiter(self.client.messages))
         assert isinstance(message.payload, bytes)
-        frame = orjson.loads(message.payload)
-        self._judge(dict(frame))
+        frame: dict[str, Any] = orjson.loads(message.payload)
         self.frames.append(frame)
         self.messages.append(message)
+        return frame
+
+    async def done_at_last(self) -> dict[str, Any]:
+        """Read on until a `done`, where frames before it may have been lost."""
+        while (frame := await self.receive_unjudged())["type"] != "done":
+            pass
         return frame
 
     async def until(self, *kinds: str, id: str | None = None) -> dict[str, Any]:
@@ -187,15 +199,21 @@ async def device(
 
 @contextlib.asynccontextmanager
 async def serving(
-    broker: Mosquitto, keys: Keys | None = None, topics: Topics | None = None, loaded: bool = True, **settings: Any
+    broker: Mosquitto,
+    keys: Keys | None = None,
+    topics: Topics | None = None,
+    connected: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Running, ScriptedModel, Face]]:
     """Serve a scripted model on a broker, and over WebSockets as ever."""
-    async with scripted(loaded, keys=keys, **settings) as (server, model):
+    async with scripted(keys=keys, **settings) as (server, model):
         at = address(broker.url, None)
         topics = topics or Topics(ROOT)
         keys, dispatch = keys or Keys({}), dispatcher(server.models)
-        face = Face(at, topics, server.server, keys, dispatch, partial(overview, server.server.state, server.models))
+        told = partial(overview, server.server.state, server.models)
+        face = Face(at, topics, server.server, keys, dispatch, told, waits=lambda: itertools.repeat(0.01))
         server.models.on_event = face.tell
         async with face:
-            await face.listening.wait()
+            if connected:
+                await face.listening.wait()
             yield server, model, face

@@ -71,9 +71,11 @@ class Face:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._closing.set()
-        await asyncio.wait([self._run], timeout=2 * CLOSE_TIMEOUT)
+        if self.listening.is_set():
+            await asyncio.wait([self._run], timeout=2 * CLOSE_TIMEOUT)
         self._run.cancel()
         await asyncio.gather(self._run, return_exceptions=True)
+        self._heard_again()
         await self._replies.leave()
 
     def tell(self, event: str, model: str) -> None:
@@ -114,7 +116,8 @@ class Face:
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-            self._again = broker.unacknowledged
+            # A state is told anew; everything else would not be.
+            self._again[:0] = [message for message in broker.unacknowledged if not message.retain]
             self._lost()
         for end in ends:
             if isinstance(end, Exception):
@@ -175,13 +178,16 @@ class Face:
 
     def _found(self) -> None:
         self.listening.set()
-        if self._unheard:
-            self._unheard.cancel()
+        self._heard_again()
 
     def _lost(self) -> None:
         """Let what runs go on, but not for long."""
         self.listening.clear()
         self._unheard = asyncio.get_running_loop().call_later(self._config.stall_timeout, self._replies.give_up)
+
+    def _heard_again(self) -> None:
+        if self._unheard:
+            self._unheard.cancel()
 
     async def _until_closing(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -1,0 +1,115 @@
+"""A broker that is not there, goes and comes back, or takes nothing: what runs, what is told later, and what is bounded."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import eventually
+from tests.mosquitto import Mosquitto, device, mosquitto, needs_mosquitto, serving
+from tests.scripted import WIDE
+
+pytestmark = needs_mosquitto
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
+    async with mosquitto(tmp_path) as broker:
+        yield broker
+
+
+async def test_a_broker_that_is_not_there_yet_holds_up_nobody(broker: Mosquitto) -> None:
+    await broker.stop()
+    async with serving(broker, connected=False) as (server, model, face):
+        model.open()
+        async with server.client() as client:
+            assert (await client.generate(id="g", prompt="hello"))["joined"] == "hello"
+        assert not face.listening.is_set()
+        await broker.start()
+        await face.listening.wait()
+        async with device(broker) as client:
+            assert (await client.generate(id="g", prompt="hello"))["text"] == "hello"
+
+
+async def test_a_server_ends_without_its_broker(broker: Mosquitto) -> None:
+    await broker.stop()
+    async with serving(broker, connected=False):
+        pass
+
+
+async def test_a_server_ends_beside_a_broker_that_hangs(broker: Mosquitto) -> None:
+    async with serving(broker):
+        broker.freeze()
+    async with serving(broker, connected=False):
+        pass
+    broker.thaw()
+
+
+async def test_a_stream_goes_on_while_the_broker_is_restarted_and_its_answer_is_whole(broker: Mosquitto) -> None:
+    async with serving(broker) as (_, model, face):
+        async with device(broker) as client:
+            await client.send(b"mine", type="generate", id="g", prompt="hello")
+            model.step_gate.let(2)
+            await client.until("token")
+            await broker.stop()
+            await eventually(lambda: not face.listening.is_set())
+            model.step_gate.let(1)
+            await model.in_step(4)
+        await broker.start()
+        await face.listening.wait()
+        async with device(broker) as after:
+            model.open()
+            message = await after.done_at_last()
+            assert (message["text"], message["finish_reason"]) == ("hello", "stop")
+            assert after.messages[-1].properties.CorrelationData == b"mine"
+            await after.generate(id="g2", prompt="hello")
+
+
+async def test_an_end_that_was_not_acknowledged_is_told_to_the_next_broker(broker: Mosquitto) -> None:
+    async with serving(broker) as (_, model, face):
+        async with device(broker) as client:
+            await client.send(type="generate", id="g", prompt="hello")
+            await client.until("started")
+            broker.freeze()
+            model.open()
+            await model.freed_of("g")
+            await broker.stop()
+            await eventually(lambda: not face.listening.is_set())
+        await broker.start()
+        async with device(broker) as after:
+            # It may have been told before this one listens; who asks the same again is told again.
+            await face.listening.wait()
+            await after.send(type="generate", id="g", prompt="hello")
+            message = await after.done_at_last()
+            assert message["text"] == "hello"
+        assert len(model.steps) == 6
+
+
+async def test_what_nobody_can_hear_is_cancelled_after_a_while(broker: Mosquitto) -> None:
+    async with serving(broker, stall_timeout=0.1) as (_, model, face), device(broker) as client:
+        await client.send(type="generate", id="g", prompt="hello")
+        await client.until("started")
+        await broker.stop()
+        await eventually(lambda: not face.listening.is_set())
+        over = asyncio.get_running_loop().time() + 0.2
+        await eventually(lambda: asyncio.get_running_loop().time() > over)
+        model.step_gate.let(1)
+        await model.freed_of("g")
+        assert len(model.steps) == 1
+
+
+async def test_what_a_broker_does_not_take_is_bounded_and_one_that_hangs_holds_up_nobody_else(broker: Mosquitto) -> None:
+    async with serving(broker, mqtt_interval=0) as (server, model, _), device(broker) as client:
+        # More than the sockets' buffers and the outbox hold together.
+        await client.send(type="generate", id="g", prompt=WIDE, ignore_eos=True, max_tokens=20_000)
+        await client.until("started")
+        broker.freeze()
+        model.open()
+        await model.freed_of("g")
+        assert len(model.steps_of("g")) < 20_000
+        async with server.client() as beside:
+            assert (await beside.generate(id="g", prompt="hello"))["joined"] == "hello"
+        broker.thaw()
+        message = await client.done_at_last()
+        assert message["finish_reason"] == "cancelled"
