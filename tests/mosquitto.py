@@ -113,7 +113,12 @@ class Device:
         return message if self._modern else message | {"reply_to": self.reply}
 
     async def publish(
-        self, topic: str, payload: bytes, correlation: bytes | None = None, expires_in: int | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        correlation: bytes | None = None,
+        expires_in: int | None = None,
+        token: str | None = None,
     ) -> None:
         """Publish anything."""
         properties = None
@@ -124,6 +129,8 @@ class Device:
                 properties.CorrelationData = correlation
             if expires_in is not None:
                 properties.MessageExpiryInterval = expires_in
+            if token is not None:
+                properties.UserProperty = ("token", token)
         await self.client.publish(topic, payload, qos=1, properties=properties)
 
     async def receive(self) -> dict[str, Any]:

@@ -36,13 +36,14 @@ except ImportError:  # not to be had on every platform
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop  # type: ignore[no-redef]
 
 try:
+    from wsserver_mqtt.ask import main as ask_over_mqtt
     from wsserver_mqtt.start import make_face
 except ImportError:  # of an extra, which is not installed
-    make_face = None  # type: ignore[assignment]
+    make_face = ask_over_mqtt = None  # type: ignore[assignment]
 
 log = logging.getLogger("wsserver")
 
-NO_MQTT = '--mqtt-url: MQTT is an extra that is not installed; pip install "wsserver[mqtt]"'
+NO_MQTT = 'MQTT is an extra that is not installed; pip install "wsserver[mqtt]"'
 
 
 def main() -> None:
@@ -57,6 +58,8 @@ def main() -> None:
         case ["key", *arguments]:
             key_command.run(arguments)
             return
+        case ["mqtt", *arguments]:
+            sys.exit(NO_MQTT if ask_over_mqtt is None else ask_over_mqtt(arguments))
     # Whatever the libraries would like to ask a hub for: a client's word never starts a download.
     os.environ["HF_HUB_OFFLINE"] = "1"
     command, config = parse(sys.argv[1:])
@@ -142,7 +145,7 @@ async def serve(config: Config) -> bool:
 def _face(config: Config, server: Server, keys: Keys, models: ModelService) -> AbstractAsyncContextManager[object]:
     """Give the server's other face, on a broker."""
     if make_face is None:
-        raise BadSetting(NO_MQTT)
+        raise BadSetting(f"--mqtt-url: {NO_MQTT}")
     # Like the key this is for nobody whom this process starts.
     password = os.environ.pop("WSSERVER_MQTT_PASSWORD", None)
     face = make_face(config, password, server, keys, dispatcher(models), partial(overview, server.state, models))

@@ -26,9 +26,11 @@ messages are described in protocol.md; "wsserver schema" prints their JSON Schem
 
 Once there is a key, who comes without one is refused. "wsserver key add NAME" makes one and
 puts it into the file of --api-keys-file; one more may be in WSSERVER_API_KEY, and in no
-option, because everybody on a machine can read its command lines; so the broker's password is in
-WSSERVER_MQTT_PASSWORD. On SIGHUP the files of keys
+option, because everybody on a machine can read its command lines. On SIGHUP the files of keys
 and certificates are read anew.
+
+With --mqtt-url the server is on a broker as well, whose password is in WSSERVER_MQTT_PASSWORD;
+"wsserver mqtt ask" asks there: its --help tells more.
 """
 
 

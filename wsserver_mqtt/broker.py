@@ -32,6 +32,8 @@ MAX_UNREAD = 1000
 # What the broker is to deliver beside the payload: the topics, and the properties.
 ROOM_FOR_PROPERTIES = 65_536
 
+NO_SUBSCRIBERS = 0x10  # MQTT 5's "no matching subscribers"
+
 BrokerLost = aiomqtt.MqttError
 
 
@@ -59,7 +61,9 @@ class Broker(aiomqtt.Client):
         # What was published with QoS 1 and not acknowledged yet, by the library's numbers.
         self._on_their_way: dict[int, Outgoing] = {}
         self._moved = asyncio.Event()
+        # Told of a message of QoS 1 that the broker does not take, and of one that nobody listens to.
         self.on_refused: Callable[[Outgoing, str], None] = lambda message, why: None
+        self.on_unheard: Callable[[Outgoing], None] = lambda message: None
 
     @property
     def unacknowledged(self) -> list[Outgoing]:
@@ -117,6 +121,8 @@ class Broker(aiomqtt.Client):
         self._moved.set()
         if message and reason_code.is_failure:
             self.on_refused(message, str(reason_code))
+        elif message and reason_code.value == NO_SUBSCRIBERS:
+            self.on_unheard(message)
 
     def _on_socket_unregister_write(self, client: Paho, userdata: Any, sock: Any) -> None:
         super()._on_socket_unregister_write(client, userdata, sock)

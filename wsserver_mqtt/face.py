@@ -106,7 +106,8 @@ class Face:
 
     async def _serve(self, broker: Broker) -> None:
         """Serve over one connection, until it is lost or the server ends."""
-        broker.on_refused = self._refused
+        broker.on_refused = _refused
+        broker.on_unheard = _unheard
         works = (self._read(broker), self._write(broker), self._inform(broker), self._closing.wait())
         tasks = [asyncio.create_task(work) for work in works]
         self._found()
@@ -173,9 +174,6 @@ class Face:
         self._talking[reply] = None
         self._news.set()
 
-    def _refused(self, message: Outgoing, why: str) -> None:
-        log.warning("mqtt: the broker did not take a message at %.200a: %s", message.topic, why)
-
     def _found(self) -> None:
         self.listening.set()
         self._heard_again()
@@ -193,3 +191,11 @@ class Face:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
+
+
+def _refused(message: Outgoing, why: str) -> None:
+    log.warning("mqtt: the broker did not take a message at %.200a: %s", message.topic, why)
+
+
+def _unheard(message: Outgoing) -> None:
+    log.debug("mqtt: nobody listens at %.200a", message.topic)
