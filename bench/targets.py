@@ -57,6 +57,8 @@ TARGETS = {
     "echo_frames": Target("echo model, tokens per CPU second: a bare websockets send loop", "tok/s", 1.0, 2.0),
     "stalled_reader": _less("p99 token gap beside a stalled reader: beside one that reads", "ms", 1.1, 1.02),
     "hostile_clients": _less("p99 token gap beside hostile clients: in peace", "ms", 1.5, 1.1),
+    "mqtt.first_token": _less("first token over MQTT, after the same over a WebSocket", "ms", 20.0),
+    "mqtt.gap": _less("p99 token gap of 50 streams beside 50 over MQTT: beside 50 more", "ms", 1.2),
     "idle_memory": _less("resident memory per idle connection", "KiB", 24.0),
     "soak": _less("growth of the resident memory while 200 clients come and go, after a warm-up", "MiB", None),
     "mixed_sampling": Target("16 requests with every sampling parameter: 16 greedy ones", "tok/s", 0.85),

@@ -89,9 +89,9 @@ async def test_clients_stream_at_once_and_ids_are_their_own(broker: Mosquitto) -
         async with device(broker, name) as client:
             return str((await client.generate(id="g", prompt=f"I am {name}"))["joined"])
 
-    async with serving(broker, max_active=20) as (_, model, _):
+    async with serving(broker, max_active=50) as (_, model, _):
         model.open()
-        names = [f"client-{number}" for number in range(20)]
+        names = [f"client-{number}" for number in range(50)]
         assert await asyncio.gather(*map(ask, names)) == [f"I am {name}" for name in names]
 
 

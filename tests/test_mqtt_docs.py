@@ -59,6 +59,7 @@ def test_the_document_begins_as_the_readme_does() -> None:
 @needs_mosquitto
 @needs_clients
 @pytest.mark.usefixtures("default_model_folder")
+@pytest.mark.timeout(300)  # the default model is loaded, beside whatever else runs
 async def test_the_lines_in_the_readme_work_as_printed(at_home: Mosquitto, tmp_path: Path) -> None:
     serve, subscribe, publish = block(README, "Over MQTT").splitlines()
     # But for the ports, which are free ones here, and the checkout's interpreter.

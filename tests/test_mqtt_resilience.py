@@ -5,10 +5,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.reasoncodes import ReasonCode
 
+import handlers
+from LLM.model_service import ModelService
 from tests.conftest import eventually
-from tests.mosquitto import Mosquitto, device, mosquitto, needs_mosquitto, serving
+from tests.mosquitto import ROOT, Mosquitto, device, mosquitto, needs_mosquitto, serving
 from tests.scripted import WIDE
+from wsserver.peer import Peer
+from wsserver.protocol import Status
+from wsserver_mqtt.broker import Broker
 
 pytestmark = needs_mosquitto
 
@@ -113,3 +120,37 @@ async def test_what_a_broker_does_not_take_is_bounded_and_one_that_hangs_holds_u
         broker.thaw()
         message = await client.done_at_last()
         assert message["finish_reason"] == "cancelled"
+
+
+async def test_a_bug_in_a_message_handler_is_logged_and_the_next_message_served(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(message: Status, peer: Peer, models: ModelService) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(handlers.HANDLERS, Status, broken)
+    async with serving(broker) as (_, model, face), device(broker) as client:
+        model.open()
+        await client.publish(f"{ROOT}/request", b'{"type":"status"}')
+        await eventually(lambda: "a bug" in caplog.text)
+        await face.listening.wait()
+        assert (await client.generate(id="g", prompt="hello"))["text"] == "hello"
+
+
+async def test_a_broker_that_lets_the_server_hear_nothing_is_tried_again(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = [ReasonCode(PacketTypes.SUBACK, "Not authorized")] * 2
+
+    async def subscribe(*arguments: object) -> list[ReasonCode]:
+        return refused
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Broker, "subscribe", subscribe)
+        async with serving(broker, connected=False) as (_, _, face):
+            await eventually(
+                lambda: "lets nobody of this name subscribe to llm/test/request/#: Not authorized" in caplog.text
+            )
+            assert not face.listening.is_set()
+            patched.undo()
+            await face.listening.wait()

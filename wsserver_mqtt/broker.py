@@ -139,7 +139,9 @@ def _arrived(topic: str, payload: bytes, properties: Properties | None) -> Arriv
     )
 
 
-def _properties(message: Outgoing) -> Properties:
+def _properties(message: Outgoing) -> Properties | None:
+    if message.correlation is None and message.response_topic is None and message.token is None:
+        return None
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     if message.correlation is not None:
         properties.CorrelationData = message.correlation

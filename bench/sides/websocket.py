@@ -118,6 +118,11 @@ def wsserver(
     limits: Mapping[str, str] = ONE_CLIENT_MAY,
 ) -> WebSocketSide:
     """Give our server, as its users start it but for its limits on one client."""
+    return WebSocketSide(name, setting, module, *before, *wsserver_options(setting, limits))
+
+
+def wsserver_options(setting: Setting, limits: Mapping[str, str] = ONE_CLIENT_MAY) -> list[str]:
+    """Give the options that our server is started with."""
     options = {
         "port": "0",
         "model": setting.model,
@@ -129,4 +134,4 @@ def wsserver(
         "log-level": "warning",
         **limits,
     }
-    return WebSocketSide(name, setting, module, *before, *(f"--{key}={value}" for key, value in options.items()))
+    return [f"--{key}={value}" for key, value in options.items()]
