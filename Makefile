@@ -19,7 +19,7 @@ PYTHON2 ?= $(or $(wildcard $(shell pyenv prefix 2.7 2>/dev/null)/bin/python2.7),
 help:
 	@echo "make serve    install what is missing, then serve the default model on port 41443"
 	@echo "make install  make .venv with the wsserver command in it, and put the default model into LLM/"
-	@echo "make test     run all tests; puts Gemma 3 270M into LLM/ too, 0.3 GB"
+	@echo "make test     run all tests; puts Gemma 3 270M into LLM/ too, 0.3 GB, and Chromium and Mosquitto onto a Debian"
 	@echo "make fuzz     say a million random and mutated messages to the server's parts; takes some minutes"
 	@echo "make torture  run the tests that take many minutes"
 	@echo "make autobahn run the Autobahn testsuite against the server, and beside it the bare library; needs Python 2.7"

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import gzip
+import re
 import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
@@ -20,6 +22,7 @@ from tests.torture.proxy import PROXIED, Link, Proxy
 from tests.web.node import NEEDS_NODE, WEB, node
 from wsserver.auth import Keys, digest
 from wsserver.job import Job
+from wsserver.protocol import Done, ErrorCode, FinishReason, Generate, Init, Limits, Ready
 
 pytestmark = NEEDS_NODE
 
@@ -613,6 +616,20 @@ async def test_who_needs_a_key_and_has_none_is_told_by_name(tmp_path: Path) -> N
 
 def test_it_is_small() -> None:
     assert len(gzip.compress((WEB / "client.js").read_bytes(), mtime=0)) < 5 * 1024
+
+
+def test_its_types_know_every_word_of_the_protocol() -> None:
+    types = (WEB / "client.d.ts").read_text()
+    codes = re.search(r"export type ErrorCode =(.*?)\n\n", types, re.DOTALL)
+    reasons = re.search(r"finish_reason: (.*?);", types)
+    assert codes
+    assert reasons
+    own = {"unreachable", "connection_lost", "detached", "closed"}
+    assert set(re.findall(r'"(\w+)"', codes[1])) == {*get_args(ErrorCode), *own}
+    assert set(re.findall(r'"(\w+)"', reasons[1])) == set(get_args(FinishReason))
+    named = {name.rstrip("?") for name in re.findall(r"\b(\w+\??):", types)}
+    for message in (Generate, Init, Ready, Limits, Done):
+        assert named >= set(message.__struct_fields__) - {"token"}
 
 
 async def test_its_types_are_what_a_caller_writes_and_nothing_else(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ export interface Ready {
   server: string;
   session: string;
   model: { id: string; context_length: number; dtype: string; quantization: string; device: string };
-  limits: { max_message_bytes: number; max_active: number };
+  limits: { max_message_bytes: number; max_active: number; max_prompt_tokens?: number; max_tokens?: number };
 }
 
 export type LoadFrame = { type: "loading"; id: string; model: string; stage: string; progress: number } | Ready | Refused;
