@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from paho.mqtt.packettypes import PacketTypes
@@ -15,7 +16,10 @@ from tests.mosquitto import ROOT, Mosquitto, device, mosquitto, needs_mosquitto,
 from tests.scripted import WIDE
 from wsserver.peer import Peer
 from wsserver.protocol import Status
-from wsserver_mqtt.broker import Broker
+from wsserver_mqtt.broker import Broker, BrokerLost
+from wsserver_mqtt.face import BATCH
+from wsserver_mqtt.messages import Outgoing
+from wsserver_mqtt.reply import Reply
 
 pytestmark = needs_mosquitto
 
@@ -154,3 +158,36 @@ async def test_a_broker_that_lets_the_server_hear_nothing_is_tried_again(
             assert not face.listening.is_set()
             patched.undo()
             await face.listening.wait()
+
+
+class Lines:
+    """Stands for a reply with many frames to say, and for a broker that is lost after it took the first of them."""
+
+    def __init__(self, count: int) -> None:
+        self.left = [Outgoing("topic", str(number).encode()) for number in range(count)]
+        self.posted: list[Outgoing] = []
+        self.lost = False
+
+    def take(self) -> Outgoing | None:
+        return self.left.pop(0) if self.left else None
+
+    def post(self, message: Outgoing) -> None:
+        self.posted.append(message)
+
+    async def written(self) -> None:
+        if not self.lost:
+            self.lost = True
+            raise BrokerLost("gone")
+
+
+async def test_what_waited_for_a_lost_broker_is_told_to_the_next_one_though_nothing_new_is_said(broker: Mosquitto) -> None:
+    await broker.stop()
+    async with serving(broker, connected=False) as (_, _, face):
+        lines = Lines(3 * BATCH)
+        face._has_news(cast(Reply, lines))
+        with pytest.raises(BrokerLost):
+            await face._write(cast(Broker, lines))
+        assert len(lines.posted) == BATCH
+        writing = asyncio.create_task(face._write(cast(Broker, lines)))
+        await eventually(lambda: len(lines.posted) == 3 * BATCH)
+        writing.cancel()

@@ -144,12 +144,12 @@ class Face:
         while self._again:
             broker.post(self._again.pop(0))
         while True:
-            await self._news.wait()
-            self._news.clear()
             while self._talking:
                 for _ in range(BATCH):
                     self._say_one(broker)
                 await broker.written()
+            self._news.clear()
+            await self._news.wait()
 
     async def _inform(self, broker: Broker) -> None:
         self._bulletin.start_anew()

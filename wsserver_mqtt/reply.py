@@ -179,6 +179,8 @@ class Reply:
         except OutboxFull:
             log.warning("session %s: giving up, the broker takes too little", self.peer.session.id)
             self.peer.stop_all("cancelled")
+            if isinstance(frame, ENDS):
+                self._requests.pop(getattr(frame, "id", None) or "", None)
             return
         if not isinstance(frame, MAY_JOIN):
             request = self._requests.get(getattr(frame, "id", None) or "")
@@ -231,7 +233,7 @@ class Reply:
             return running is not None and running.digest == request.digest
         done = self._answered.find(self._asked(id), request.digest, time.monotonic())
         if done and isinstance(request.message, Generate):
-            self.push(done)
+            self.push(replace(done))  # another one, which goes with the correlation data of this request
             return True
         return False
 
@@ -241,7 +243,7 @@ class Reply:
         if done.text is None:
             done = replace(done, text="".join(request.texts))
         request.texts.clear()
-        if done.finish_reason in KEPT and isinstance(request.message, Generate):
+        if done.finish_reason in KEPT and isinstance(request.message, Generate) and request.message.id is not None:
             self._answered.add(self._asked(done.id), request.digest, done, time.monotonic())
         return done
 
