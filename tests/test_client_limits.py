@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from tests.conftest import Client, Running, eventually, running
 from tests.scripted import closing_code, in_engine, scripted
 from tests.test_auth import BOB, KEY, bearer, keys
 from tests.test_server import get
-from wsserver.accepted import Accepted
+from wsserver.accepted import FRAMES_PER_TURN, PIECE, Accepted
 
 ELSEWHERE = ("127.0.0.2", 0)  # another address of this machine
 
@@ -225,6 +227,28 @@ async def test_a_flood_of_frames_is_closed_and_another_connection_is_served(wire
         assert (await other.generate(prompt="hello"))["joined"] == "hello"
 
 
+async def test_many_frames_that_came_at_once_leave_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, turns, parsed = asyncio.get_running_loop(), itertools.count(), Counter[int]()
+
+    def parse(self: Accepted, event: Any, by: Callable[[Any, Any], None] = Accepted.process_event) -> None:
+        parsed[turn[0]] += 1
+        by(self, event)
+
+    def pass_on() -> None:
+        turn[0] = next(turns)
+        passing[0] = loop.call_soon(pass_on)
+
+    turn, passing = [0], [loop.call_soon(lambda: None)]
+    pass_on()
+    monkeypatch.setattr(Accepted, "process_event", parse)
+    async with running() as server, server.client() as client:
+        client.socket.transport.write(1500 * frame(Opcode.PING, b""))
+        await client.settle()
+    passing[0].cancel()
+    assert sum(parsed.values()) > 1500
+    assert max(parsed.values()) <= FRAMES_PER_TURN + PIECE // len(frame(Opcode.PING, b""))
+
+
 async def test_who_was_cut_off_is_read_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[bool] = []
 
@@ -235,7 +259,7 @@ async def test_who_was_cut_off_is_read_no_more(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ServerConnection, "data_received", reading)
     async with running(messages_per_second=1.0) as server, server.client() as client:
         for _ in range(100):
-            client.socket.transport.write(1000 * frame(Opcode.TEXT, b"{}"))
+            client.socket.transport.write(1000 * frame(Opcode.PING, b""))
         assert await closing_code(client) == 4429
     assert read
     assert not any(read)

@@ -5,6 +5,7 @@ The library's connection with bounds that the library has not. Knows no messages
 
 import asyncio
 import time
+from functools import partial
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -21,8 +22,10 @@ MAX_REQUEST_BYTES = 16_384
 # whoever sends too many messages is told so first.
 FRAMES_PER_MESSAGE = 4
 SPARE_FRAMES = 100
-# Bytes that are parsed before the frames in them are counted: one read may give many thousand frames.
-PIECE = 2_048
+# Bytes that are parsed before the frames in them are counted, and frames after which others have their turn: one read may
+# give many thousand.
+PIECE = 512
+FRAMES_PER_TURN = 32
 # Seconds that a client is given to read why it is cut off.
 LINGER = 2.0
 
@@ -36,6 +39,8 @@ class Accepted(ServerConnection):
         self._accounts = accounts
         self._entered = self._is_cut_off = False
         self._request_bytes = 0
+        self._unparsed = bytearray()
+        self._frames_of_turn = 0
         rate = FRAMES_PER_MESSAGE * messages_per_second
         self._frames = TokenBucket(rate, BURST_SECONDS * rate + SPARE_FRAMES)
 
@@ -49,6 +54,8 @@ class Accepted(ServerConnection):
             return
         self._entered = True
         super().connection_made(transport)
+        # The library's queue of messages was full, and is not any more.
+        self.recv_messages.resume = partial(self.loop.call_soon, self._parse)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let it out."""
@@ -70,14 +77,30 @@ class Accepted(ServerConnection):
             if self._request_bytes > MAX_REQUEST_BYTES:
                 self.transport.abort()
                 return
-        for start in range(0, len(data), PIECE):
-            # The library goes on to read whoever was cut off, once its messages before that have been taken.
+        self._unparsed += data
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parse some of what was read. Nothing more is read while something is left."""
+        self._frames_of_turn = 0
+        while self._unparsed and self._frames_of_turn < FRAMES_PER_TURN and not self.recv_messages.paused:
             if self._is_cut_off or self.transport.is_closing():
-                return
-            super().data_received(data[start : start + PIECE])
+                break
+            piece = bytes(self._unparsed[:PIECE])
+            del self._unparsed[:PIECE]
+            super().data_received(piece)
+        if self._is_cut_off or self.transport.is_closing():
+            self._unparsed.clear()
+        elif self._unparsed:
+            self.transport.pause_reading()
+            if not self.recv_messages.paused:
+                self.loop.call_soon(self._parse)
+        elif not self.recv_messages.paused:
+            self.transport.resume_reading()
 
     def process_event(self, event: Event) -> None:
         """Count a frame; one too many ends the connection here and now, and what is still to be read is not."""
+        self._frames_of_turn += 1
         if not isinstance(event, Request) and self._frames.take(time.monotonic()):
             self._cut_off()
         else:
