@@ -39,6 +39,7 @@ CLIENTS = 50  # whose connections follow each other
 STRANGERS = 10  # one connection in so many comes without a key
 PACES = (2, 8, 32)  # frames that a connection says at once, in turn
 BLOCKS = 256  # of the KV cache
+TEXTS = 1000  # that the one who behaves says, one after the other: a tokenizer keeps each word it has met
 PATIENCE = 60.0  # seconds for what was asked for to come to its end
 
 Hear = Callable[[ServerMessage, str], None]
@@ -169,13 +170,17 @@ class Fuzz:
             return
         if self.answers:
             done, text = self._checker.dones[-1], self._checker.texts[f"good {self.answers}"]
-            assert (done["finish_reason"], text) == ("stop", f"answer {self.answers}, untouched"), done
+            assert (done["finish_reason"], text) == ("stop", _prompt(self.answers)), done
         for seen in (self._checker.dones, self._checker.texts, self._checker.scored, self._checker.ended):
             seen.clear()  # type: ignore[attr-defined]
         self.answers += 1
-        ask = {"type": "generate", "id": f"good {self.answers}", "prompt": f"answer {self.answers}, untouched"}
+        ask = {"type": "generate", "id": f"good {self.answers}", "prompt": _prompt(self.answers)}
         self._checker.sent(ask)
         self._good.say(json.dumps(ask))
+
+
+def _prompt(number: int) -> str:
+    return f"answer {number % TEXTS}, untouched"
 
 
 class Errors(logging.Handler):
