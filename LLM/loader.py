@@ -32,6 +32,7 @@ from LLM.errors import Refused
 from LLM.gguf_weights import packed_weights
 from LLM.giving_way import giving_way
 from LLM.model_folder import ModelFolder
+from LLM.pinned_copy import PinnedCopy
 from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
 from LLM.quantize import bitsandbytes_config, settle
 from LLM.stored_weights import stored_weights
@@ -153,7 +154,9 @@ def _model(
     spread = options.device == str(ALL_GPUS)
     progress("weights", 0.0)
     packed = found.gguf and packed_weights(found.gguf, config.get_text_config(), dtype, quantised, progress)
-    with packed or stored_weights(found, quantised, progress) as weights:
+    device = torch.device(options.device)
+    bring = PinnedCopy(device) if device.type == "cuda" and not spread else lambda tensor: tensor
+    with packed or stored_weights(found, quantised, bring, progress) as weights:
         model, report = architecture.from_pretrained(
             None,
             config=config,

@@ -1,6 +1,6 @@
 """The tensors of a folder's safetensors files, each read when it is asked for; progress is by the bytes that were read."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
@@ -11,19 +11,23 @@ from safetensors import safe_open
 from LLM._base_model_handler import Progress
 from LLM.model_folder import ModelFolder
 
+# Brings a tensor to where its model is to be.
+Bring = Callable[[torch.Tensor], torch.Tensor]
+
 
 class StoredWeight:
     """A tensor that is still in its file; to index it is to read it, as with the slices that transformers takes."""
 
-    def __init__(self, name: str, file: Any, reading: "Reading") -> None:
+    def __init__(self, name: str, file: Any, bring: "Bring", reading: "Reading") -> None:
         self._name = name
         self._file = file
+        self._bring = bring
         self._reading = reading
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(self._name)
+        tensor = self._bring(self._file.get_tensor(self._name)[index])
         self._reading.has_read(self._name)
-        return tensor[index]
+        return tensor
 
 
 class Reading:
@@ -54,10 +58,12 @@ class Reading:
 
 
 @contextmanager
-def stored_weights(folder: ModelFolder, quantised: Collection[str], progress: Progress) -> Iterator[dict[str, StoredWeight]]:
+def stored_weights(
+    folder: ModelFolder, quantised: Collection[str], bring: Bring, progress: Progress
+) -> Iterator[dict[str, StoredWeight]]:
     """Give the folder's tensors by name, while its files are open."""
     reading = Reading({tensor.name: tensor.nbytes for tensor in folder.tensors}, quantised, progress)
     with ExitStack() as open_files:
         files = [open_files.enter_context(safe_open(file, framework="pt")) for file in folder.files]
-        yield {name: StoredWeight(name, file, reading) for file in files for name in file.keys()}  # noqa: SIM118
+        yield {name: StoredWeight(name, file, bring, reading) for file in files for name in file.keys()}  # noqa: SIM118
         reading.end()

@@ -11,9 +11,10 @@ from LLM.engine.attention import PagedCache
 from LLM.engine.kv_cache import BlockPool
 from LLM.engine.pacing import Pacing
 from LLM.engine.request import GenerationRequest
-from LLM.engine.runner import BLOCK_SIZE, PagedRunner
+from LLM.engine.runner import BLOCK_SIZE, PagedRunner, ends_of
+from LLM.engine.sampler import likeliest
 from LLM.engine.scheduler import Scheduler
-from LLM.engine.sequence import IN_FLIGHT, Slice
+from LLM.engine.sequence import IN_FLIGHT, Sequence, Slice
 from tests.test_ahead import (
     GREEDY,
     KINDS,
@@ -38,6 +39,7 @@ from LLM.engine.graph_runner import GraphRunner
 from tests.test_graph_decode import as_lists
 
 CAPACITY = 4
+ROWS = 8
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimension, float32
 
 
@@ -56,33 +58,34 @@ def model() -> Any:
 
 
 class Played:
-    """Takes what a decoder takes, and runs it eagerly; the tokens in flight have to be among what it is given."""
+    """Takes what a decoder takes, and runs it eagerly; where the tokens in flight are has to be among what it is given."""
 
     def __init__(self, model: Any, cache: PagedCache, trash_block: int, capacity: int, blocks: int) -> None:
         self.note = "one size is missing"
         self.checked = False
         self.made_with = (trash_block, capacity, blocks)
         self.batches: list[list[Slice]] = []
+        self.tokens = torch.zeros(ROWS, dtype=torch.long)
         self._runner = PagedRunner(model, cache)
-        self._logits = torch.empty(capacity, 96)
+        self._logits = torch.empty(ROWS, 96)
 
     def check(self, eager: Any) -> None:
         self.checked = True
 
     def takes(self, batch: list[Slice]) -> bool:
-        return 0 < len(batch) <= len(self._logits) and all(part.stop - part.start == 1 for part in batch)
+        return 0 < sum(part.stop - part.start for part in batch) <= ROWS and len(batch) <= CAPACITY
 
-    def forward(self, batch: list[Slice], in_flight: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, batch: list[Slice], in_flight: dict[Sequence, int]) -> Tensor:
         self.batches.append(batch)
-        places, tokens = in_flight or (torch.empty(0, dtype=torch.long),) * 2
         known = [part.sequence.token_ids[:] for part in batch]
-        for place, token_id in zip(places.tolist(), tokens.tolist(), strict=True):
-            assert batch[place].sequence.token_ids[-1] == IN_FLIGHT
-            batch[place].sequence.token_ids[-1] = token_id
+        for part in batch:
+            if part.samples and part.sequence.token_ids[-1] == IN_FLIGHT:
+                part.sequence.token_ids[-1] = max(0, int(self.tokens[in_flight[part.sequence]]))
         assert all(part.sequence.token_ids[part.start] != IN_FLIGHT for part in batch)
         # As a recording does: always in the same place, and lost with the next step.
         self._logits.fill_(torch.nan)
-        self._logits[: len(batch)] = self._runner.forward(batch, list(range(len(batch))))
+        self._logits[: len(batch)] = self._runner.forward(batch, ends_of(batch))
+        self.tokens[: len(batch)] = likeliest(self._logits[: len(batch)])
         for part, token_ids in zip(batch, known, strict=True):
             part.sequence.token_ids[:] = token_ids
         return self._logits[: len(batch)]
@@ -146,7 +149,23 @@ def test_a_token_of_a_prompt_alone_in_a_step_samples_nothing(model: Any, monkeyp
     read_second = runner.launch([Slice(chunk, 0, 1), whole(a, 20), Slice(chunk, 1, 6)])
     assert (first(read_first()), first(read_second())) == ([a1], [None, a2, None])
     assert first(runner.launch([Slice(chunk, 6, 7)])()) == [None]
-    assert [len(batch) for batch in decoder.batches] == [2, 1]
+    assert [len(batch) for batch in decoder.batches] == [3, 1]
+
+
+def test_a_short_prompt_goes_with_those_that_decode_and_a_long_one_by_itself(model: Any, monkeypatch: pytest.MonkeyPatch):
+    (a1, a2), (b1, b2), _ = expected_of(model, 2)
+    runner, decoder = graphs(model, monkeypatch)
+    a, b, _ = three()
+    assert b.prompt_tokens < ROWS < a.prompt_tokens
+    read_first = runner.launch([whole(a)])
+    fly(a)
+    read_second = runner.launch([whole(a, 20), whole(b)])
+    fly(a, b)
+    assert [[part.sequence for part in batch] for batch in decoder.batches] == [[a, b]]
+    assert (first(read_first()), first(read_second())) == ([a1], [a2, b1])
+    for one, known in ((a, a2), (b, b1)):
+        one.token_ids[-1] = known
+    assert first(runner.launch([whole(b, 7)])()) == [b2]
 
 
 def test_more_than_were_recorded_go_forward_together_without_them(model: Any, monkeypatch: pytest.MonkeyPatch):
@@ -187,16 +206,17 @@ def decode_steps() -> Iterator[tuple[list[Slice], Tensor]]:
 def test_the_numbers_of_a_step_stay_as_they_were_copied_while_the_next_ones_are_written(monkeypatch: pytest.MonkeyPatch):
     write, copied = HostNumbers.write, []
 
-    def watched(host: HostNumbers, batch: list[Slice], rows: int) -> None:
-        write(host, batch, rows)
+    def watched(host: HostNumbers, batch: list[Slice], rows: int, in_flight: dict[Sequence, int]) -> int:
+        used = write(host, batch, rows, in_flight)
         # What was written last may still be on its way to the device.
         assert all(torch.equal(last.tensor, kept) for last, kept in copied[-1:])
         copied.append((host, host.tensor.clone()))
+        return used
 
     monkeypatch.setattr(HostNumbers, "write", watched)
     written = numbers()
     for decoding, _ in decode_steps():
-        written.write(decoding, CAPACITY)
+        written.write(decoding, CAPACITY, dict.fromkeys((part.sequence for part in decoding), 0))
     assert len(copied) > 20
     assert len({id(host) for host, _ in copied}) == 2
 
@@ -204,9 +224,12 @@ def test_the_numbers_of_a_step_stay_as_they_were_copied_while_the_next_ones_are_
 def test_numbers_written_in_turn_read_like_those_written_afresh_but_for_the_tokens_in_flight():
     written = numbers()
     for decoding, tokens in decode_steps():
-        written.write(decoding, CAPACITY, (torch.arange(len(decoding)), tokens))
+        n = len(decoding)
+        in_flight = {part.sequence: n - 1 - row for row, part in enumerate(decoding)}
+        written.tokens[:n] = tokens.flip(0)
+        written.write(decoding, CAPACITY, in_flight)
         afresh = numbers()
-        afresh.write(decoding, CAPACITY)
-        spare = [0] * (CAPACITY - len(decoding))
-        assert as_lists(afresh.read(CAPACITY))["ids"] == [*[IN_FLIGHT] * len(decoding), *spare]
+        afresh.write(decoding, CAPACITY, in_flight)
+        spare = [0] * (CAPACITY - n)
+        assert as_lists(afresh.read(CAPACITY))["ids"] == [0] * CAPACITY
         assert as_lists(written.read(CAPACITY)) == {**as_lists(afresh.read(CAPACITY)), "ids": [*tokens.tolist(), *spare]}

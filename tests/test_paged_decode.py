@@ -134,14 +134,22 @@ def test_few_programs_are_split_until_the_gpu_is_busy(programs: int, tiles: int,
     assert kernels.splits_for(programs, tiles, processors=132) == splits
 
 
-POINTERS = {"block_table": "*i32", "lengths": "*i32", "partial": "*fp32", "tops": "*fp32", "totals": "*fp32"}
+POINTERS = {
+    "block_table": "*i32",
+    "lengths": "*i32",
+    "partial": "*fp32",
+    "tops": "*fp32",
+    "totals": "*fp32",
+    "slots": "*i64",
+}
+CACHED = ("query", "keys", "values", "output", "row", "rows", "norm", "weight", "heads", "cos", "sin", "queries")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on the smallest GPUs of these kinds
 
 
 def compiled(kernel: Any, dtype: str, constants: dict[str, Any], capability: int) -> Any:
     """Compile a kernel for an NVIDIA GPU of a compute capability, with pointers and strides aligned as torch has them."""
     types = {name: POINTERS.get(name, "i32") for name in kernel.arg_names}
-    types |= dict.fromkeys(("query", "keys", "values", "output"), f"*{dtype}") | dict.fromkeys(("scale", "cap"), "fp32")
+    types |= dict.fromkeys(CACHED, f"*{dtype}") | dict.fromkeys(("scale", "cap", "eps"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n] not in ("constexpr", "fp32")
@@ -165,7 +173,7 @@ def test_the_kernels_compile_for_a_gpu(
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     width, size = triton.next_power_of_2(dim), int(dtype[-2:]) // 8
-    shape = {"DIM": dim, "WIDTH": width, "SPLITS": 8}
+    shape = {"DIM": dim, "WIDTH": width, "SPLITS": 8, "EARLY": capability >= 90}
     rest = {"CAPPED": capped, "GROUP": 4, "BLOCK": BLOCK_SIZE, "TILE": kernels.tile_for(width * size), "PADDED": 16}
     attend = compiled(kernels._attend_split, dtype, shape | rest, capability)
     assert attend.metadata.shared <= SHARED_MEMORY

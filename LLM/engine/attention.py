@@ -305,6 +305,8 @@ def _softmax(
 
 
 AttentionInterface.register(NAME, paged_attention)
+# cuDNN's attention is planned anew for every size, 30 ms each time, and here hardly two sizes are alike.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # The same as an operation that a compiled graph may hold. Torch need not know of the cache that it writes to: no other
 # operation looks there.

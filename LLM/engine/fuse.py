@@ -65,7 +65,7 @@ def fuse_mlps(model: nn.Module) -> Iterator[Undo]:
 
 def fuse_weights(model: nn.Module) -> Iterator[Undo]:
     """Lay out the weights of linear layers in the order in which the CPU's fastest kernels read them."""
-    return (_pack(parent, name) for parent, name in _places(model) if _can_be_packed(getattr(parent, name)))
+    return (_pack(parent, name) for parent, name in places(model) if _can_be_packed(getattr(parent, name)))
 
 
 ON_GPU: dict[str, Fusion] = {"norms": fuse_norms, "attention": fuse_attention, "MLPs": fuse_mlps}
@@ -147,13 +147,14 @@ AttentionInterface.register(RECORDER, _recorder)
 
 def _swapped(model: nn.Module, fused: Callable[[nn.Module], nn.Module | None]) -> Iterator[Undo]:
     """Swap each module for what `fused` makes of it, if anything."""
-    for parent, name in _places(model):
+    for parent, name in places(model):
         own = getattr(parent, name)
-        if _is_bare(own) and (module := fused(own)) and module is not own:
+        if is_bare(own) and (module := fused(own)) and module is not own:
             yield _swap(parent, name, module)
 
 
-def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Give every module of a model as its parent and its name there."""
     # Without the modules themselves: whoever goes through the list would keep their weights alive to its end.
     return [(parent, name) for parent in model.modules() for name, _ in parent.named_children()]
 
@@ -164,14 +165,16 @@ def _swap(parent: nn.Module, name: str, module: nn.Module) -> Undo:
     return partial(setattr, parent, name, old)
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module does what its class does, and nothing besides."""
     # Hooks, and a forward of the object's own, would be passed over.
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _is_plain(module: object) -> TypeGuard[nn.Linear]:
+def is_plain(module: object) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer whose weight is a matrix of numbers, and nothing besides."""
     # Quantised layers are subclasses.
-    return type(module) is nn.Linear and _is_bare(module)
+    return type(module) is nn.Linear and is_bare(module)
 
 
 @torch.no_grad()
@@ -197,7 +200,7 @@ def _attention(own: nn.Module, call: Call) -> FusedAttention | None:
         errors = [relative_error(ours, theirs) for ours, theirs in zip(heads, call.heads, strict=True)]
     except (RuntimeError, TypeError):
         return None
-    return fused if max(errors) <= _module_tolerance(heads[0].dtype) else None
+    return fused if max(errors) <= module_tolerance(heads[0].dtype) else None
 
 
 def _head_norm(of_queries: nn.Module, of_keys: nn.Module, size: int, queries: int, keys: int) -> HeadNorm | None:
@@ -218,7 +221,7 @@ def _mlp(own: nn.Module) -> GatedMLP | None:
 
 def _alike(parent: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
     """Give the children of these names if they are linear layers that can be one layer, else none."""
-    linears = [child for name in names if _is_plain(child := getattr(parent, name, None))]
+    linears = [child for name in names if is_plain(child := getattr(parent, name, None))]
     kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in linears}
     return linears if len(linears) == len(names) and len(kinds) == 1 else []
 
@@ -256,17 +259,18 @@ def _rms_norm(norm: nn.Module) -> RMSNorm | None:
     expected = norm(probe)
     for scale in (weight, 1 + weight):
         fused = RMSNorm(scale, eps)
-        if relative_error(fused(probe), expected) <= _module_tolerance(weight.dtype):
+        if relative_error(fused(probe), expected) <= module_tolerance(weight.dtype):
             return fused
     return None
 
 
-def _module_tolerance(dtype: torch.dtype) -> float:
+def module_tolerance(dtype: torch.dtype) -> float:
+    """Give the largest relative error of one module that may be rounding."""
     return FLOAT32 if dtype == torch.float32 else MODULE_TOLERANCE
 
 
 def _can_be_packed(module: object) -> bool:
-    return _is_plain(module) and packs(module.weight.dtype)
+    return is_plain(module) and packs(module.weight.dtype)
 
 
 def _pack(parent: nn.Module, name: str) -> Undo:

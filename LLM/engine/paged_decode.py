@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from LLM.engine.early import launch_options
 
 LOG2_E = 1.4426950408889634  # powers of two are what the hardware has
 TILE_BYTES = 8192  # of keys, and as many of values, that a program loads at once: small, so that short contexts split too
@@ -42,7 +45,7 @@ def paged_decode(
     rows, heads, dim = query.shape
     _, block_size, kv_heads, _ = keys.shape
     assert (keys.shape, keys.stride()) == (values.shape, values.stride()), "keys and values lie alike"
-    assert query.stride(-1) == keys.stride(-1) == block_table.stride(-1) == lengths.stride(0) == 1
+    assert query.stride(-1) == keys.stride(-1) == lengths.stride(0) == 1
     width = max(SMALLEST_DOT, triton.next_power_of_2(dim))
     tile = tile_for(width * keys.element_size())
     if splits is None:
@@ -50,15 +53,15 @@ def paged_decode(
         splits = splits_for(rows * kv_heads, tiles, _processors(query.device))
     partial = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
     tops, totals = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
-    output = query.new_empty(rows, heads, dim)
+    output, options = query.new_empty(rows, heads, dim), launch_options(query.device)
     _attend_split[rows, kv_heads, splits](
         query, keys, values, block_table, lengths, partial, tops, totals,
-        *query.stride()[:2], *keys.stride()[:3], block_table.stride(0), window or NO_WINDOW,
+        *query.stride()[:2], *keys.stride()[:3], *block_table.stride(), window or NO_WINDOW,
         *_scales(dim**-0.5 if scaling is None else scaling, softcap),
         CAPPED=softcap is not None, DIM=dim, WIDTH=width, GROUP=heads // kv_heads, BLOCK=block_size, TILE=tile,
-        SPLITS=splits, PADDED=max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)),
+        SPLITS=splits, PADDED=max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)), **options,
     )  # fmt: skip
-    _join_splits[rows * heads,](partial, tops, totals, output, DIM=dim, WIDTH=width, SPLITS=splits)
+    _join_splits[rows * heads,](partial, tops, totals, output, DIM=dim, WIDTH=width, SPLITS=splits, **options)
     return output
 
 
@@ -90,10 +93,10 @@ def _scales(scaling: float, softcap: float | None) -> tuple[float, float]:
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend_split(  # type: ignore[no-untyped-def]
     query, keys, values, block_table, lengths, partial, tops, totals,
-    query_row, query_head, cache_block, cache_slot, cache_head, table_row, window,
+    query_row, query_head, cache_block, cache_slot, cache_head, table_row, table_block, window,
     scale, cap,
     CAPPED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend one row's heads of one kv head to one split: the online softmax of https://arxiv.org/abs/2205.14135.
 
@@ -105,6 +108,9 @@ def _attend_split(  # type: ignore[no-untyped-def]
     share = tl.cdiv(tl.cdiv(length - begin, TILE), SPLITS) * TILE
     first = begin + split * share
     last = tl.minimum(first + share, length)
+    if EARLY:
+        gdc_wait()  # for the query and the newest token; the lengths were there before
+        gdc_launch_dependents()
 
     head, dim = tl.arange(0, PADDED), tl.arange(0, WIDTH)
     heads = kv_head * GROUP + head
@@ -116,7 +122,7 @@ def _attend_split(  # type: ignore[no-untyped-def]
     for start in range(first, last, TILE):
         place = start + tl.arange(0, TILE)
         seen = place < last
-        block = tl.load(block_table + row * table_row + place // BLOCK, mask=seen, other=0)
+        block = tl.load(block_table + row * table_row + place // BLOCK * table_block, mask=seen, other=0)
         slot = block.to(tl.int64) * cache_block + (place % BLOCK) * cache_slot + kv_head * cache_head
         loaded = seen[:, None] & (dim < DIM)[None, :]
         k = tl.load(keys + slot[:, None] + dim[None, :], mask=loaded, other=0.0)
@@ -141,10 +147,13 @@ def _attend_split(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join_splits(  # type: ignore[no-untyped-def]
-    partial, tops, totals, output, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+    partial, tops, totals, output, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr
 ) -> None:  # fmt: skip
     """Join the splits of one row's one head, each weighed by how its largest score stands to the largest of all."""
     place, dim = tl.program_id(0), tl.arange(0, WIDTH)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     split = place * SPLITS + tl.arange(0, SPLITS)
     top = tl.load(tops + split)
     weights = tl.exp2(top - tl.max(top, 0))

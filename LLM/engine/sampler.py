@@ -40,6 +40,11 @@ class Drawn:
     ids: Tensor
     logprobs: Tensor
 
+    @classmethod
+    def of(cls, tokens: Tensor) -> "Drawn":
+        """Give tokens of whose log probabilities nothing is to be told."""
+        return cls(tokens, [None] * len(tokens), [], NONE, NONE)
+
     def to_host(self) -> "Drawn":
         """Copy to the host without waiting for it."""
         host = [tensor.to("cpu", non_blocking=True) for tensor in (self.tokens, self.ids, self.logprobs)]
@@ -73,6 +78,18 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> Drawn:
     # A row that holds a NaN or plus infinity, or whose every token is ruled out, has no finite maximum; it fails alone.
     usable = best.isfinite() if scores is raw else raw.amax(-1).isfinite() & best.isfinite()
     return Drawn(tokens.where(usable, UNUSABLE), wanted, told, ids, logprobs)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Give what `sample` gives where every row `is_greedy`, [rows]."""
+    best, tokens = logits.max(-1)
+    return tokens.where(best.isfinite(), UNUSABLE)
+
+
+def is_greedy(sequence: Sequence) -> bool:
+    """Whether its next token is the likeliest as the model has it, and nothing else is asked for."""
+    request = sequence.request
+    return request.sampling.temperature == 0 and request.logprobs is None and not _is_edited(sequence)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -33,7 +33,8 @@ async def one_model(plan: Plan, shape: str) -> list[Row]:
         return [Row(name, note="waits for a GPU") for name in TARGETS if name.startswith(f"{shape}.")]
     bandwidth, _ = read_rate(plan.threads, "cuda")
     with _model_folder(shape, "cuda") as model:
-        return await rows_of(replace(plan, model=model, dtype="bfloat16", device="cuda", bandwidth=bandwidth), shape)
+        on_gpu = replace(plan, model=model, dtype="bfloat16", device="cuda", decode="graph", bandwidth=bandwidth)
+        return await rows_of(on_gpu, shape)
 
 
 async def rows_of(plan: Plan, shape: str) -> list[Row]:

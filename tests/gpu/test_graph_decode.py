@@ -16,6 +16,7 @@ from LLM.engine.sequence import Slice
 pytest.importorskip("triton", reason="the decode kernel needs Triton, which there is for Linux alone")
 
 from LLM.engine import graph_decode
+from LLM.engine.decode_layers import fuse_layers
 from LLM.engine.graph_decode import GraphDecoder, Recording
 from tests.test_graph_decode import BLOCKS, CANCELLED_AFTER, PROMPTS, SIZES, WINDOWS, generate
 
@@ -30,6 +31,11 @@ CONFIGS = {
 }
 NEW_TOKENS = 40
 CAPACITY = 3
+
+
+@pytest.fixture(autouse=True)
+def _few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_decode, "SIZES", [64, 4, 2, 1])
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +82,8 @@ def test_graphs_give_the_tokens_of_eager_steps_and_of_the_models_own_generate(na
         assert fuse(model) == ("norms", "attention", "MLPs")
     runner, cache = paged(model)
     eager, _ = generate(runner, None, NEW_TOKENS, None)
+    if fused:
+        assert fuse_layers(model, runner.warm_up) == (0 if name == "gemma3" else 2)
     decoder = recorded(runner, cache, model)
     assert decoder.note is None
     graphs, steps = generate(runner, decoder, NEW_TOKENS, None)
@@ -101,8 +109,8 @@ def test_a_decoder_does_not_notice_another_models_steps_between_its_own():
     class Interrupted:
         takes = decoder.takes
 
-        def forward(self, batch: list[Slice]) -> torch.Tensor:
-            logits = decoder.forward(batch)
+        def forward(self, batch: list[Slice], in_flight: dict) -> torch.Tensor:
+            logits = decoder.forward(batch, in_flight)
             beside.warm_up()
             return logits
 
@@ -111,7 +119,7 @@ def test_a_decoder_does_not_notice_another_models_steps_between_its_own():
 
 def without_memory(largest: int, record: Callable[..., Recording]) -> Callable[..., Recording]:
     def limited(run: Callable[[], torch.Tensor], pool: Any) -> Recording:
-        if len(run()) > largest:
+        if len(run()) > largest:  # slices
             torch.empty(2**50, device="cuda")
         return record(run, pool)
 
@@ -125,7 +133,7 @@ def test_without_memory_for_large_graphs_there_are_small_ones(monkeypatch: pytes
     monkeypatch.setattr(graph_decode, "record", without_memory(2, graph_decode.record))
     decoder = recorded(runner, cache, model)
     assert decoder.sizes == (1, 2)
-    assert decoder.note == "no CUDA graphs for batches of 4 (out of memory)"
+    assert decoder.note == "no CUDA graphs for batches of 4 (out of memory), 64 (out of memory)"
     graphs, steps = generate(runner, decoder, NEW_TOKENS, None)
     assert graphs == eager
     assert steps > 0

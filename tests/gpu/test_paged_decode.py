@@ -33,8 +33,9 @@ def test_long_contexts_and_many_rows_do(dim: int, dtype: torch.dtype):
 
 def test_a_graph_reads_lengths_and_tables_of_its_replay():
     torch.manual_seed(1)
-    keys, values = torch.randn(2, 40, BLOCK_SIZE, 2, 64, device="cuda")
-    query = torch.randn(3, 4, 64, device="cuda")
+    # Drawn on the CPU: once a recording has failed in a process, CUDA's own generator raises.
+    keys, values = torch.randn(2, 40, BLOCK_SIZE, 2, 64).to("cuda")
+    query = torch.randn(3, 4, 64).to("cuda")
     table = torch.zeros(3, 20, dtype=torch.int32, device="cuda")
     lengths = torch.ones(3, dtype=torch.int32, device="cuda")
     paged_decode(query, keys, values, table, lengths)  # compiles
