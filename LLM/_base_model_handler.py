@@ -31,8 +31,8 @@ class LoadOptions:
 
     "auto" is the precision that runs best there, and a GPU if there is one. `quantization` is "none", "int8", "nf4", "fp4".
     What the GPUs have no room for may `offload` to the CPU's memory. `kv_memory` is in bytes, `threads` those of a CPU; None
-    leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, or "graph" for a GPU and as many `sequences`
-    at once.
+    leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, "graph" for a GPU and as many `sequences` at
+    once, or "auto", the latter where it fits.
     """
 
     dtype: str = "auto"
@@ -41,7 +41,7 @@ class LoadOptions:
     offload: bool = False
     kv_memory: int | None = None
     threads: int | None = None
-    decode: str = "eager"
+    decode: str = "auto"
     sequences: int = 8
 
 

@@ -220,7 +220,7 @@ def test_without_arguments_the_defaults_are_served() -> None:
         preload=(),
         prefill_stretch=3.0,
         threads=None,
-        decode="eager",
+        decode="auto",
         max_queue=256,
         request_timeout=600.0,
         step_timeout=120.0,

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from LLM.engine.fused_modules import HeadNorm, RMSNorm
 from tests.interpreter import interpreting
-from tests.test_paged_decode import compiled
+from tests.test_paged_decode import SHARED_MEMORY, compiled
 
 pytest.importorskip("triton", reason="the kernels need Triton, which there is for Linux alone")
 
@@ -51,27 +51,24 @@ def products(
     both = exact_norm @ weight.double().t()
     expected = [both, silu(both[:, :outputs]) * both[:, outputs:], sums.double() + exact @ weight.double().t()]
     x, weight, sums, norm = x.to(device), weight.to(device), sums.to(device), norm.to(device)
-    made = [
-        kernels.normed_linear(x, norm, weight),
-        kernels.gated_linear(x, norm, weight),
-        kernels.add_linear(sums, x, weight),
-    ]
+    normed_product = kernels.normed_linear(x, norm, weight).double().sum(0)
+    made = [normed_product, kernels.gated_linear(x, norm, weight), kernels.add_linear(sums, x, weight)]
     return [each.double().cpu() for each in made], expected
 
 
 def turned(
-    rows: int, counts: tuple[int, int], dim: int, dtype: torch.dtype, with_norm: bool, device: str = "cpu"
+    rows: int, counts: tuple[int, int], dim: int, dtype: torch.dtype, with_norm: bool, parts: int, device: str = "cpu"
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Give the queries and the cache that the kernel and that float64 leave behind."""
     torch.manual_seed(rows + dim)
     queries, kv = counts
-    heads = normal(rows, queries + 2 * kv, dim, dtype=dtype)
+    heads = normal(parts, rows, queries + 2 * kv, dim, dtype=dtype if parts == 1 else torch.float32)
     angles = torch.rand(rows, dim // 2).repeat(1, 2) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     norm = HeadNorm(normal(queries + kv, dim, dtype=dtype), EPS) if with_norm else None
     slots = torch.randperm(5 * 16)[:rows]
     cache = normal(2, 5, 16, kv, dim, dtype=dtype)
-    exact = heads.double()
+    exact = heads.double().sum(0)
     turning = exact[:, : queries + kv]
     if norm:
         turning = turning * (turning.square().mean(-1, keepdim=True) + EPS).rsqrt() * norm.weight.double()
@@ -103,16 +100,17 @@ def test_products_take_norm_gate_and_sum_along(
     assert_close(*interpreted(products, rows, outputs, size, dtype), dtype)
 
 
-TURNS = [((4, 4), 16), ((6, 2), 64), ((3, 1), 80), ((8, 1), 128)]
+# Queries and keys, the dimension, and in how many parts they come.
+TURNS = [((4, 4), 16, 1), ((6, 2), 64, 2), ((3, 1), 80, 1), ((8, 1), 128, 3)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize(("counts", "dim"), TURNS)
+@pytest.mark.parametrize(("counts", "dim", "parts"), TURNS)
 def test_heads_are_turned_and_land_in_their_slots(
-    counts: tuple[int, int], dim: int, with_norm: bool, dtype: torch.dtype, interpreted: Callable
+    counts: tuple[int, int], dim: int, parts: int, with_norm: bool, dtype: torch.dtype, interpreted: Callable
 ):
-    assert_close(*interpreted(turned, 5, counts, dim, dtype, with_norm), dtype)
+    assert_close(*interpreted(turned, 5, counts, dim, dtype, with_norm, parts), dtype)
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -124,6 +122,11 @@ def test_the_kernels_compile_for_a_gpu(early: bool, tmp_path: Path, monkeypatch:
     assert "ld.global.v4" in ptx
     assert ("griddepcontrol" in ptx) == early
     compiled(kernels._rms_norm, "bf16", {"SIZE": 3072, "WIDTH": 4096} | rest, capability)
-    compiled(kernels._gate, "bf16", {"SIZE": 8192, "WIDTH": 1024} | rest, capability)
-    heads = {"QUERIES": 24, "KEYS": 8, "DIM": 128, "WIDTH": 128, "NORMED": True}
+    compiled(kernels._gate, "bf16", {"PARTS": 2, "SIZE": 8192, "WIDTH": 1024} | rest, capability)
+    compiled(kernels._add, "bf16", {"PARTS": 4, "WIDTH": 1024} | rest, capability)
+    few = {"SIZE": 3072, "SHARE": 1536, "FEW": 16, "TALL": 64, "DEEP": 128, "STAGES": 4}
+    made = compiled(kernels._multiply_rows, "bf16", few | rest, capability)
+    assert made.metadata.shared <= SHARED_MEMORY
+    assert "cp.async" in made.asm["ptx"]
+    heads = {"PARTS": 2, "QUERIES": 24, "KEYS": 8, "DIM": 128, "WIDTH": 128, "NORMED": True}
     compiled(kernels._rotate, "bf16", heads | rest, capability)

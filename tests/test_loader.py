@@ -178,6 +178,7 @@ def test_the_dtype_is_the_one_asked_for_and_auto_the_one_that_is_fast_on_this_cp
 @pytest.mark.parametrize(
     ("decode", "kind", "notes"),
     [
+        ("auto", PagedRunner, []),
         ("eager", PagedRunner, []),
         ("compiled", CompiledRunner, []),
         ("graph", PagedRunner, ["decodes eagerly: graphs need one CUDA device, and Triton"]),

@@ -128,7 +128,7 @@ def test_padded_rows_of_length_one_disturb_nobody(interpreted: Callable):
 
 @pytest.mark.parametrize(
     ("programs", "tiles", "splits"),
-    [(8, 256, 32), (8, 5, 8), (8, 1, 1), (64, 256, 16), (512, 256, 2), (4096, 256, 1)],
+    [(8, 256, 32), (8, 5, 8), (8, 1, 1), (64, 256, 8), (100, 256, 4), (512, 256, 1), (4096, 256, 1)],
 )
 def test_few_programs_are_split_until_the_gpu_is_busy(programs: int, tiles: int, splits: int):
     assert kernels.splits_for(programs, tiles, processors=132) == splits
@@ -141,8 +141,9 @@ POINTERS = {
     "tops": "*fp32",
     "totals": "*fp32",
     "slots": "*i64",
+    "parts": "*fp32",
 }
-CACHED = ("query", "keys", "values", "output", "row", "rows", "norm", "weight", "heads", "cos", "sin", "queries")
+CACHED = ("query", "keys", "values", "output", "row", "rows", "norm", "weight", "heads", "cos", "sin", "queries", "sums")
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on the smallest GPUs of these kinds
 
 

@@ -27,7 +27,7 @@ def test_nothing_is_left_open(default_model_folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settled = plan(default_model_folder, LoadOptions()).options
-    assert settled == LoadOptions("bfloat16" if has_bfloat16 else "float32", "cpu")
+    assert settled == LoadOptions("bfloat16" if has_bfloat16 else "float32", "cpu", decode="eager")
     assert plan(default_model_folder, settled).options == settled
 
 
@@ -92,7 +92,27 @@ def test_a_model_too_large_for_a_gpu_is_spread_over_all_and_the_cpu_only_if_that
     options = LoadOptions("float32", asked, offload=offload, kv_memory=64 << 20)
     found = plan(default_model_folder, options)
     assert (found.options.device, found.device_bytes) == (device, room)
+    assert found.options.decode == ("graph" if ":" in device else "eager")
     assert plan(default_model_folder, found.options) == found
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "asked", "decode"),
+    [
+        ("cuda:0", "none", "auto", "graph"),
+        ("cuda:0", "int8", "auto", "eager"),
+        ("cuda:0", "none", "eager", "eager"),
+        ("cuda:0", "nf4", "graph", "graph"),
+        ("cpu", "none", "auto", "eager"),
+        ("cpu", "none", "compiled", "compiled"),
+    ],
+)
+def test_a_gpu_decodes_by_graphs_where_that_fits_unless_told_otherwise(
+    default_model_folder: Path, gpus: Callable[[int], None], device: str, quantization: str, asked: str, decode: str
+):
+    gpus(1)
+    options = LoadOptions("float32", device, quantization, kv_memory=64 << 20, decode=asked)
+    assert plan(default_model_folder, options).options.decode == decode
 
 
 def test_a_model_that_fits_a_gpu_stays_there(

@@ -67,7 +67,7 @@ class Config:
     preload: tuple[str, ...] = ()
     prefill_stretch: float = 3.0
     threads: int | None = None
-    decode: str = "eager"
+    decode: str = "auto"
     max_queue: int = 256
     request_timeout: float = 600.0
     step_timeout: float = 120.0

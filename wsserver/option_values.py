@@ -167,7 +167,7 @@ def switch(text: str) -> bool:
 
 def decode(text: str) -> str:
     """Read a way to decode."""
-    return _choice(text, ("eager", "graph", "compiled"))
+    return _choice(text, ("auto", "eager", "graph", "compiled"))
 
 
 def log_level(text: str) -> str:

@@ -135,8 +135,9 @@ GROUPS = {
             "decode",
             values.decode,
             "HOW",
-            "how a model decodes: eager; on a GPU graph, for CUDA graphs with a kernel of their own, launched one "
-            "step ahead; on a CPU compiled, for a stream that runs alone, where a C++ compiler is at hand",
+            "how a model decodes: eager; on a GPU graph, for CUDA graphs with kernels of their own, launched one "
+            "step ahead; on a CPU compiled, for a stream that runs alone, where a C++ compiler is at hand; auto is graph where "
+            "a GPU allows it, else eager",
         ),
     ),
     "requests, and clients that do not read": (

@@ -17,27 +17,64 @@ from LLM.engine.fused_modules import HeadNorm, RMSNorm
 
 WIDTH = 1024  # columns that a program multiplies at once
 ROWS = 2  # of a weight, that a program multiplies a row by
+FEW = 16  # rows up to which a product is reading the weight, and cuBLAS has no kernel that does it as fast
+TALL, DEEP, STAGES = (
+    64,
+    128,
+    4,
+)  # the part of a weight that a program multiplies few rows by at once, and how many are on their way
+PROGRAMS = 132  # that a product should have at least, to read as fast as a GPU can
 
 
 def normed_linear(rows: Tensor, norm: RMSNorm, weight: Tensor) -> Tensor:
-    """Give the product of the normed rows [rows, size] and a linear layer's weight [outputs, size]."""
+    """Give the product of the normed rows [rows, size] and a linear layer's weight [outputs, size].
+
+    It comes in parts that are to be added up, [parts, rows, outputs].
+    """
     if len(rows) == 1:
-        return _matvec(rows, weight, norm=norm)
-    return linear(rms_norm(rows, norm), weight)
+        return _matvec(rows, weight, norm=norm)[None]
+    return _product(rms_norm(rows, norm), weight)
 
 
 def gated_linear(rows: Tensor, norm: RMSNorm, weight: Tensor) -> Tensor:
     """Give silu(gate) * up [rows, outputs], of the normed rows' products with the weight [2 outputs, size] of both."""
     if len(rows) == 1:
         return _matvec(rows, weight, norm=norm, gated=True)
-    return gate(linear(rms_norm(rows, norm), weight))
+    return gate(_product(rms_norm(rows, norm), weight), rows.dtype)
 
 
 def add_linear(sums: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Add the product of the rows [rows, size] and a weight [outputs, size] to `sums`, and give those."""
     if len(rows) == 1:
         return _matvec(rows, weight, sums=sums)
-    return sums.addmm_(rows, weight.t())
+    if not _is_few(rows):
+        return sums.addmm_(rows, weight.t())
+    parts = _product(rows, weight)
+    count = sums.numel()
+    _add[triton.cdiv(count, WIDTH),](
+        sums, parts, count, PARTS=len(parts), WIDTH=WIDTH, num_warps=4, **launch_options(sums.device)
+    )
+    return sums
+
+
+def _is_few(rows: Tensor) -> bool:
+    return len(rows) <= FEW and rows.dtype != torch.float32
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Give the product of the rows [rows, size] and a weight [outputs, size] in parts, [parts, rows, outputs]."""
+    if not _is_few(rows):
+        return linear(rows, weight)[None]
+    (count, size), outputs = rows.shape, len(weight)
+    assert weight.is_contiguous()
+    programs = triton.cdiv(outputs, TALL)
+    parts = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, programs)), max(1, size // (2 * DEEP)))
+    output = rows.new_empty(parts, count, outputs, dtype=torch.float32)
+    _multiply_rows[programs, parts](
+        rows, weight, output, count, outputs, SIZE=size, SHARE=triton.cdiv(size, parts * DEEP) * DEEP,
+        FEW=FEW, TALL=TALL, DEEP=DEEP, STAGES=STAGES, num_warps=4, **launch_options(rows.device),
+    )  # fmt: skip
+    return output
 
 
 def rms_norm(rows: Tensor, norm: RMSNorm) -> Tensor:
@@ -52,11 +89,11 @@ def rms_norm(rows: Tensor, norm: RMSNorm) -> Tensor:
     return output
 
 
-def gate(rows: Tensor) -> Tensor:
-    """Give silu(first half) * second half of each of the rows [rows, 2 size]."""
-    count, size = len(rows), rows.shape[-1] // 2
-    output = rows.new_empty(count, size)
-    _gate[count, triton.cdiv(size, WIDTH)](rows, output, SIZE=size, WIDTH=WIDTH, **launch_options(rows.device))
+def gate(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give silu(first half) * second half of each of the rows [parts, rows, 2 size]."""
+    parts, count, size = len(rows), rows.shape[1], rows.shape[-1] // 2
+    output = rows.new_empty(count, size, dtype=dtype)
+    _gate[count, triton.cdiv(size, WIDTH)](rows, output, PARTS=parts, SIZE=size, WIDTH=WIDTH, **launch_options(rows.device))
     return output
 
 
@@ -72,17 +109,17 @@ def rotate(
 ) -> Tensor:
     """Turn queries and keys by their positions, and put keys and values in the cache; give the queries.
 
-    Takes heads [rows, queries + 2 keys, dimension], `counts` of queries and of keys, cos and sin [rows, dimension], slots
-    [rows], and keys and values [blocks, block size, keys, dimension] of one layer. Gives [rows, queries, dimension].
+    Takes heads [parts, rows, queries + 2 keys, dimension], `counts` of queries and of keys, cos and sin [rows, dimension],
+    slots [rows], and keys and values [blocks, block size, keys, dimension] of one layer. Gives [rows, queries, dimension].
     """
-    rows, dim, (queries, kv) = len(heads), heads.shape[-1], counts
+    (parts, rows, _, dim), (queries, kv) = heads.shape, counts
     assert keys.is_contiguous()
     assert values.is_contiguous()
-    output = heads.new_empty(rows, queries, dim)
+    output = keys.new_empty(rows, queries, dim)
     _rotate[rows, queries + 2 * kv](
         heads, cos, sin, norm.weight if norm else heads, slots, output, keys, values, norm.eps if norm else 0.0,
-        QUERIES=queries, KEYS=kv, DIM=dim, WIDTH=triton.next_power_of_2(dim), NORMED=norm is not None, num_warps=1,
-        **launch_options(heads.device),
+        PARTS=parts, QUERIES=queries, KEYS=kv, DIM=dim, WIDTH=triton.next_power_of_2(dim), NORMED=norm is not None,
+        num_warps=1, **launch_options(heads.device),
     )  # fmt: skip
     return output
 
@@ -142,6 +179,53 @@ def _multiply_row(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _multiply_rows(  # type: ignore[no-untyped-def]
+    rows, weight, output, count, outputs, SIZE: tl.constexpr, SHARE: tl.constexpr, FEW: tl.constexpr,
+    TALL: tl.constexpr, DEEP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+) -> None:  # fmt: skip
+    """Multiply all rows by TALL rows of a weight, in one part of the columns."""
+    place, part = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.program_id(1)
+    row, column = tl.arange(0, FEW), tl.arange(0, DEEP)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    product = tl.zeros([TALL, FEW], tl.float32)
+    for start in tl.range(part * SHARE, tl.minimum((part + 1) * SHARE, SIZE), DEEP, num_stages=STAGES):
+        at = start + column
+        w = tl.load(
+            weight + place.to(tl.int64)[:, None] * SIZE + at[None, :],
+            mask=(place < outputs)[:, None] & (at < SIZE)[None, :], other=0.0,
+        )  # fmt: skip
+        x = tl.load(rows + row[:, None] * SIZE + at[None, :], mask=(row < count)[:, None] & (at < SIZE)[None, :], other=0.0)
+        product = tl.dot(w, tl.trans(x), product)
+    target = output + (part * count + row)[None, :] * outputs + place[:, None]
+    tl.store(target, product, mask=(row < count)[None, :] & (place < outputs)[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum(parts, offset, distance, mask, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add up what lies at the same place of each part, `distance` apart."""
+    total = tl.load(parts + offset, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * distance + offset, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add(  # type: ignore[no-untyped-def]
+    sums, parts, count, PARTS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+) -> None:  # fmt: skip
+    """Add the parts of a product to some of the sums."""
+    place = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.load(sums + place, mask=place < count, other=0.0).to(tl.float32)
+    total += _sum(parts, place, count, place < count, PARTS)
+    tl.store(sums + place, total.to(sums.dtype.element_ty), mask=place < count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm(  # type: ignore[no-untyped-def]
     rows, norm, output, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
 ) -> None:  # fmt: skip
@@ -158,22 +242,23 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gate(  # type: ignore[no-untyped-def]
-    rows, output, SIZE: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
+    rows, output, PARTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr
 ) -> None:  # fmt: skip
     """Gate some columns of one row."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     row, column = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    x = tl.load(rows + row * 2 * SIZE + column, mask=column < SIZE).to(tl.float32)
-    up = tl.load(rows + row * 2 * SIZE + SIZE + column, mask=column < SIZE).to(tl.float32)
+    distance = tl.num_programs(0) * 2 * SIZE
+    x = _sum(rows, row * 2 * SIZE + column, distance, column < SIZE, PARTS)
+    up = _sum(rows, row * 2 * SIZE + SIZE + column, distance, column < SIZE, PARTS)
     tl.store(output + row * SIZE + column, (x * tl.sigmoid(x) * up).to(output.dtype.element_ty), mask=column < SIZE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate(  # type: ignore[no-untyped-def]
     heads, cos, sin, norm, slots, queries, keys, values, eps,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     NORMED: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Turn one head of one row, or only move it where it is a value."""
@@ -183,11 +268,11 @@ def _rotate(  # type: ignore[no-untyped-def]
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    own = heads + (row * (QUERIES + 2 * KEYS) + head) * DIM
-    x = tl.load(own + dim, mask=real, other=0.0).to(tl.float32)
+    own, distance = (row * (QUERIES + 2 * KEYS) + head) * DIM, tl.num_programs(0) * (QUERIES + 2 * KEYS) * DIM
+    x = _sum(heads, own + dim, distance, real, PARTS)
     slot = tl.load(slots + row).to(tl.int64) * KEYS
     if head < QUERIES + KEYS:
-        other = tl.load(own + partner, mask=real, other=0.0).to(tl.float32)
+        other = _sum(heads, own + partner, distance, real, PARTS)
         if NORMED:
             factor = tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
             x *= factor * tl.load(norm + head * DIM + dim, mask=real, other=0.0).to(tl.float32)

@@ -45,11 +45,11 @@ class DecodeLayer(nn.Module):
         own: Any = self.own
         attention, mlp = own.self_attn, own.mlp
         heads = normed_linear(hidden, own.input_layernorm, attention.qkv_proj.weight)
-        heads = heads.view(len(hidden), -1, attention.head_dim)
-        queries, kv = attention.counts
+        heads = heads.unflatten(-1, (-1, attention.head_dim))
+        _, kv = attention.counts
         scaling, window, softcap = (attention.given.get(name) for name in ("scaling", "sliding_window", "softcap"))
-        key, value = heads[:, queries : queries + kv], heads[:, queries + kv :]
-        keys, values = step.cache.layer(attention.layer_idx, key, value, window)
+        like = hidden.new_empty(0, kv, attention.head_dim)
+        keys, values = step.cache.layer(attention.layer_idx, like, like, window)
         query = rotate(heads, attention.counts, cos, sin, attention.head_norm, step.slots, keys, values)
         mixed = step.attend(query.transpose(0, 1), keys, values, scaling, window, softcap)
         hidden = add_linear(hidden, mixed.flatten(1), attention.o_proj.weight)

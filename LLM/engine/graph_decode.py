@@ -24,9 +24,11 @@ from LLM.engine.sequence import IN_FLIGHT, Sequence, Slice
 
 log = logging.getLogger(__name__)
 
-LARGEST = 256  # rows
+# Rows; between powers of two there is another one where a step takes longer with every row.
+SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)
+LARGEST = SIZES[0]
 # How many tokens a step's prompts may see, added up over their rows: each row reads them all anew.
-MOST_SEEN = 1 << 17
+MOST_SEEN = 1 << 18
 PROBE = 24  # tokens that every recording is checked by: more than a block
 
 # The lines of a step's numbers, each with a place for every row: its token, or which of the last step's tokens it is; its
@@ -149,8 +151,9 @@ def record(run: Callable[[], Tensor], pool: Any) -> Recording:
     run()  # once for real: kernels are compiled and libraries set up, which no recording can hold
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # Other models' threads may go on using the device meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # Other models' threads may go on using the device meanwhile. And this one may happen to collect the graphs of a model
+    # that is gone, which in any stricter mode would end the recording.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
         logits = run()
     return Recording(graph.replay, logits, graph.pool())
 
@@ -194,7 +197,7 @@ class GraphDecoder:
     def takes(self, batch: list[Slice]) -> bool:
         """Whether a step is one that was recorded: not too many tokens, of prompts that do not see too far back."""
         rows = sum(part.stop - part.start for part in batch)
-        seen = sum((part.stop - part.start) * part.stop for part in batch if part.stop - part.start > 1)
+        seen = sum((n := part.stop - part.start) * (part.stop - n // 2) for part in batch if part.stop - part.start > 1)
         return 0 < rows <= max(self._recordings, default=0) and len(batch) <= self._slices(rows) and seen <= MOST_SEEN
 
     @torch.inference_mode()
@@ -258,6 +261,3 @@ class GraphDecoder:
         logits: Tensor = output.logits[0]
         self.tokens[: len(logits)] = likeliest(logits)
         return logits
-
-
-SIZES = [2**n for n in reversed(range(LARGEST.bit_length()))]

@@ -9,7 +9,7 @@ from torch import Tensor
 from LLM.engine.ahead import AheadRunner
 from LLM.engine.attention import PagedCache
 from LLM.engine.decode_layers import fuse_layers
-from LLM.engine.graph_decode import GraphDecoder
+from LLM.engine.graph_decode import LARGEST, GraphDecoder
 from LLM.engine.runner import BLOCK_SIZE, ends_of
 from LLM.engine.sampler import Drawn, is_greedy
 from LLM.engine.sequence import Slice
@@ -24,6 +24,7 @@ class GraphRunner(AheadRunner):
         # The last block is nobody's: the rows that fill up a graph write there.
         super().__init__(model, PagedCache(blocks + 1, BLOCK_SIZE))
         self.block_count = blocks
+        self.max_prefill = LARGEST
         self._rows = {}
         fuse_layers(model, self.warm_up)
         most = min(blocks, -(-context_length // BLOCK_SIZE))

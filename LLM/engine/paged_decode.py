@@ -51,9 +51,9 @@ def paged_decode(
     if splits is None:
         tiles = triton.cdiv(block_table.shape[1] * block_size, tile)
         splits = splits_for(rows * kv_heads, tiles, _processors(query.device))
-    partial = query.new_empty(rows, heads, splits, dim, dtype=torch.float32)
-    tops, totals = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
     output, options = query.new_empty(rows, heads, dim), launch_options(query.device)
+    partial = query.new_empty(rows, heads, splits, dim, dtype=torch.float32) if splits > 1 else output
+    tops, totals = query.new_empty(2, rows, heads, splits, dtype=torch.float32)
     _attend_split[rows, kv_heads, splits](
         query, keys, values, block_table, lengths, partial, tops, totals,
         *query.stride()[:2], *keys.stride()[:3], *block_table.stride(), window or NO_WINDOW,
@@ -61,7 +61,8 @@ def paged_decode(
         CAPPED=softcap is not None, DIM=dim, WIDTH=width, GROUP=heads // kv_heads, BLOCK=block_size, TILE=tile,
         SPLITS=splits, PADDED=max(SMALLEST_DOT, triton.next_power_of_2(heads // kv_heads)), **options,
     )  # fmt: skip
-    _join_splits[rows * heads,](partial, tops, totals, output, DIM=dim, WIDTH=width, SPLITS=splits, **options)
+    if splits > 1:
+        _join_splits[rows * heads,](partial, tops, totals, output, DIM=dim, WIDTH=width, SPLITS=splits, **options)
     return output
 
 
@@ -72,9 +73,10 @@ def tile_for(token_bytes: int) -> int:
 
 def splits_for(programs: int, tiles: int, processors: int) -> int:
     """Give the power of two by which to split each of `programs` contexts of up to `tiles` tiles to busy `processors`."""
-    wanted = min(MOST_SPLITS, tiles, triton.cdiv(WAVES * processors, programs))
-    splits: int = triton.next_power_of_2(wanted)
-    return splits
+    most: int = triton.next_power_of_2(min(MOST_SPLITS, tiles))
+    # Rounded down: programs that have to wait for others to end cost more than the few that are missing.
+    wanted = max(1, WAVES * processors // programs)
+    return min(most, 1 << (wanted.bit_length() - 1))
 
 
 def _processors(device: torch.device) -> int:
@@ -140,6 +142,10 @@ def _attend_split(  # type: ignore[no-untyped-def]
 
     # A split that a short context leaves empty stores weights of 0 under a score of minus infinity.
     place = (row * tl.num_programs(1) * GROUP + heads) * SPLITS + split
+    if SPLITS == 1:  # and this is the output itself
+        whole = (output / total[:, None]).to(partial.dtype.element_ty)
+        tl.store(partial + place[:, None] * DIM + dim[None, :], whole, mask=real)
+        return
     tl.store(tops + place, top, mask=head < GROUP)
     tl.store(totals + place, total, mask=head < GROUP)
     tl.store(partial + place[:, None] * DIM + dim[None, :], output, mask=real)

@@ -19,6 +19,7 @@ from LLM.engine.sequence import Sequence, TokenCounts
 # many likeliest tokens; where it is not, it is looked for among so many times more, and so on.
 CANDIDATES = 256
 MORE = 16
+PIECES = 64  # of a vocabulary, in whose every one the likeliest token is looked for
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be 0 to a division
 
 
@@ -82,7 +83,11 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> Drawn:
 
 def likeliest(logits: Tensor) -> Tensor:
     """Give what `sample` gives where every row `is_greedy`, [rows]."""
-    best, tokens = logits.max(-1)
+    # In pieces first: few rows are too few for a GPU to look through them at once.
+    pieces = PIECES if logits.shape[-1] % PIECES == 0 else 1
+    best_of_each, places = logits.unflatten(-1, (pieces, -1)).max(-1)
+    best, piece = best_of_each.max(-1)
+    tokens = piece * (logits.shape[-1] // pieces) + places.gather(-1, piece[:, None])[:, 0]
     return tokens.where(best.isfinite(), UNUSABLE)
 
 

@@ -16,7 +16,7 @@ def _exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("rows", [1, 3, 16, 64])
 @pytest.mark.parametrize(("outputs", "size"), [*SIZES, (2560, 3072), (3072, 8192), (1001, 576)])
 def test_products_take_norm_gate_and_sum_along(outputs: int, size: int, rows: int, dtype: torch.dtype):
     assert_close(*products(rows, outputs, size, dtype, "cuda"), dtype)
@@ -24,6 +24,8 @@ def test_products_take_norm_gate_and_sum_along(outputs: int, size: int, rows: in
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize(("counts", "dim"), [*TURNS, ((24, 8), 128), ((4, 1), 256)])
-def test_heads_are_turned_and_land_in_their_slots(counts: tuple[int, int], dim: int, with_norm: bool, dtype: torch.dtype):
-    assert_close(*turned(64, counts, dim, dtype, with_norm, "cuda"), dtype)
+@pytest.mark.parametrize(("counts", "dim", "parts"), [*TURNS, ((24, 8), 128, 2), ((4, 1), 256, 1)])
+def test_heads_are_turned_and_land_in_their_slots(
+    counts: tuple[int, int], dim: int, parts: int, with_norm: bool, dtype: torch.dtype
+):
+    assert_close(*turned(64, counts, dim, dtype, with_norm, parts, "cuda"), dtype)
