@@ -96,6 +96,8 @@ def _refusing(advice: str) -> Iterator[None]:
 def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     device = torch.device(options.device)
     found = model_folder.read(folder)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the driver starts now, and not while weights are read
     with _refusing("its config.json cannot be used; a newer transformers may know its architecture"):
         config = _config(folder, found)
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -124,7 +124,7 @@ def test_the_kernels_compile_for_a_gpu(early: bool, tmp_path: Path, monkeypatch:
     compiled(kernels._rms_norm, "bf16", {"SIZE": 3072, "WIDTH": 4096} | rest, capability)
     compiled(kernels._gate, "bf16", {"PARTS": 2, "SIZE": 8192, "WIDTH": 1024} | rest, capability)
     compiled(kernels._add, "bf16", {"PARTS": 4, "WIDTH": 1024} | rest, capability)
-    few = {"SIZE": 3072, "SHARE": 1536, "FEW": 16, "TALL": 64, "DEEP": 128, "STAGES": 4}
+    few = {"SIZE": 3072, "SHARE": 1536, "WIDE": 16, "TALL": 64, "DEEP": 128, "STAGES": 4}
     made = compiled(kernels._multiply_rows, "bf16", few | rest, capability)
     assert made.metadata.shared <= SHARED_MEMORY
     assert "cp.async" in made.asm["ptx"]

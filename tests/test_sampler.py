@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -28,7 +29,7 @@ from transformers import (
 
 from LLM.engine import sampler
 from LLM.engine.request import Alternative, GenerationRequest, Sampled, Sampling
-from LLM.engine.sampler import sample, uniform
+from LLM.engine.sampler import Drawn, is_greedy, likeliest, sample, uniform
 from LLM.engine.sequence import Sequence
 
 # Derandomised: where floats meet thresholds, a suite must not fail one day in a hundred.
@@ -222,6 +223,39 @@ def test_a_cut_rows_likeliest_token_has_the_smallest_numbers_and_its_least_likel
         # But for rounding: the likeliest may leave the others less than a float32 next to 1 can tell.
         assert shares[last] > 0
         assert shares[shares < shares[last]].sum() < 1e-5
+
+
+# Without anything but the likeliest.
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 640, 1000])
+def test_the_likeliest_tokens_are_what_sample_gives_greedy_rows(size: int):
+    torch.manual_seed(size)
+    logits = torch.randn(8, size).bfloat16()
+    logits[1, size // 2], logits[2, -1], logits[3], logits[4, 0] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    sequences = [Sequence(GenerationRequest(n, (0,), 5, Sampling(temperature=0))) for n in range(len(logits))]
+    assert all(map(is_greedy, sequences))
+    told = Drawn.of(likeliest(logits)).read()
+    expected = sample(logits, sequences).read()
+    for row, (ours, theirs) in enumerate(zip(told, expected, strict=True)):
+        assert (ours.token_id is None) == (theirs.token_id is None)
+        # Of equally likely ones either may come.
+        assert ours.token_id is None or logits[row, ours.token_id] == logits[row, theirs.token_id]
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"sampling": Sampling(temperature=0.1)},
+        {"sampling": Sampling(temperature=0, logit_bias={3: 1.0})},
+        {"sampling": Sampling(temperature=0, presence_penalty=0.1)},
+        {"logprobs": 0},
+        {"min_tokens": 1},
+    ],
+    ids=str,
+)
+def test_who_asks_for_more_than_the_likeliest_is_not_greedy(details: dict[str, Any]):
+    assert not is_greedy(Sequence(GenerationRequest(0, (0,), 5, **{"sampling": Sampling(temperature=0), **details})))
 
 
 # Each parameter's ends.

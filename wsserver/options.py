@@ -136,8 +136,8 @@ GROUPS = {
             values.decode,
             "HOW",
             "how a model decodes: eager; on a GPU graph, for CUDA graphs with kernels of their own, launched one "
-            "step ahead; on a CPU compiled, for a stream that runs alone, where a C++ compiler is at hand; auto is graph where "
-            "a GPU allows it, else eager",
+            "step ahead; on a CPU compiled, for a stream that runs alone, where a C++ compiler is at hand; auto is graph "
+            "where a GPU allows it, else eager",
         ),
     ),
     "requests, and clients that do not read": (

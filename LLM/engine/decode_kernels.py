@@ -14,15 +14,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from LLM.engine.early import launch_options
 from LLM.engine.fused_modules import HeadNorm, RMSNorm
+from LLM.engine.paged_decode import SMALLEST_DOT
 
 WIDTH = 1024  # columns that a program multiplies at once
 ROWS = 2  # of a weight, that a program multiplies a row by
-FEW = 16  # rows up to which a product is reading the weight, and cuBLAS has no kernel that does it as fast
-TALL, DEEP, STAGES = (
-    64,
-    128,
-    4,
-)  # the part of a weight that a program multiplies few rows by at once, and how many are on their way
+FEW = 32  # rows up to which a product is reading the weight, and cuBLAS has no kernel that does it as fast
+# The part of a weight that a program multiplies few rows by at once, and how many of them are on their way.
+TALL, DEEP, STAGES = 64, 128, 4
 PROGRAMS = 132  # that a product should have at least, to read as fast as a GPU can
 
 
@@ -72,7 +70,8 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     output = rows.new_empty(parts, count, outputs, dtype=torch.float32)
     _multiply_rows[programs, parts](
         rows, weight, output, count, outputs, SIZE=size, SHARE=triton.cdiv(size, parts * DEEP) * DEEP,
-        FEW=FEW, TALL=TALL, DEEP=DEEP, STAGES=STAGES, num_warps=4, **launch_options(rows.device),
+        WIDE=max(SMALLEST_DOT, triton.next_power_of_2(count)), TALL=TALL, DEEP=DEEP, STAGES=STAGES, num_warps=4,
+        **launch_options(rows.device),
     )  # fmt: skip
     return output
 
@@ -180,16 +179,16 @@ def _multiply_row(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _multiply_rows(  # type: ignore[no-untyped-def]
-    rows, weight, output, count, outputs, SIZE: tl.constexpr, SHARE: tl.constexpr, FEW: tl.constexpr,
+    rows, weight, output, count, outputs, SIZE: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr,
     TALL: tl.constexpr, DEEP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply all rows by TALL rows of a weight, in one part of the columns."""
     place, part = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.program_id(1)
-    row, column = tl.arange(0, FEW), tl.arange(0, DEEP)
+    row, column = tl.arange(0, WIDE), tl.arange(0, DEEP)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    product = tl.zeros([TALL, FEW], tl.float32)
+    product = tl.zeros([TALL, WIDE], tl.float32)
     for start in tl.range(part * SHARE, tl.minimum((part + 1) * SHARE, SIZE), DEEP, num_stages=STAGES):
         at = start + column
         w = tl.load(

@@ -45,7 +45,7 @@ class DecodeLayer(nn.Module):
         own: Any = self.own
         attention, mlp = own.self_attn, own.mlp
         heads = normed_linear(hidden, own.input_layernorm, attention.qkv_proj.weight)
-        heads = heads.unflatten(-1, (-1, attention.head_dim))
+        heads = heads.view(*heads.shape[:2], -1, attention.head_dim)
         _, kv = attention.counts
         scaling, window, softcap = (attention.given.get(name) for name in ("scaling", "sliding_window", "softcap"))
         like = hidden.new_empty(0, kv, attention.head_dim)

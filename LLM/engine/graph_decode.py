@@ -81,7 +81,9 @@ class HostNumbers:
 
         `in_flight` has the places of the last step's tokens, by sequence.
         """
-        tokens, sources, positions = [], [], []
+        tokens: list[int] = []
+        sources: list[int] = []
+        positions: list[int] = []
         for part in batch:
             row, ids = len(tokens), part.sequence.token_ids[part.start : part.stop]
             flies = ids[-1] == IN_FLIGHT
@@ -227,7 +229,8 @@ class GraphDecoder:
             # The rows are one and the same sequence: all write the same to the same place.
             found = self._replay(rows, [last] * self._slices(rows), {}).float().cpu()
             errors = (found - expected).norm(dim=-1) / expected.norm()
-            if not errors.max() < tolerance(self._model):
+            # Either may be as far from what is right: 32 layers of random bfloat16 weights were 7e-2 apart on an H100.
+            if not errors.max() < 2 * tolerance(self._model):
                 self._fails(rows, f"differs from the eager step by {errors.max():.1e}")
 
     def _replay(self, rows: int, batch: list[Slice], in_flight: Mapping[Sequence, int]) -> Tensor:

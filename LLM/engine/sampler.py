@@ -84,10 +84,11 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> Drawn:
 def likeliest(logits: Tensor) -> Tensor:
     """Give what `sample` gives where every row `is_greedy`, [rows]."""
     # In pieces first: few rows are too few for a GPU to look through them at once.
-    pieces = PIECES if logits.shape[-1] % PIECES == 0 else 1
-    best_of_each, places = logits.unflatten(-1, (pieces, -1)).max(-1)
+    rows, size = logits.shape
+    pieces = PIECES if size % PIECES == 0 else 1
+    best_of_each, places = logits.reshape(rows, pieces, -1).max(-1)
     best, piece = best_of_each.max(-1)
-    tokens = piece * (logits.shape[-1] // pieces) + places.gather(-1, piece[:, None])[:, 0]
+    tokens: Tensor = piece * (size // pieces) + places.gather(-1, piece[:, None])[:, 0]
     return tokens.where(best.isfinite(), UNUSABLE)
 
 

@@ -16,7 +16,7 @@ def _exact() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16, 64])
+@pytest.mark.parametrize("rows", [1, 3, 16, 21, 64])
 @pytest.mark.parametrize(("outputs", "size"), [*SIZES, (2560, 3072), (3072, 8192), (1001, 576)])
 def test_products_take_norm_gate_and_sum_along(outputs: int, size: int, rows: int, dtype: torch.dtype):
     assert_close(*products(rows, outputs, size, dtype, "cuda"), dtype)
