@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from bench import measure
+from bench import measure, table
 from bench.load import Request, prompts, requests
 from bench.machine import has_gpu, read_rate, step_bytes
 from bench.measure import Trace
@@ -39,13 +39,19 @@ async def one_model(plan: Plan, shape: str) -> list[Row]:
 
 async def rows_of(plan: Plan, shape: str) -> list[Row]:
     """Measure the rows of one model whose folder is there."""
-    rows = []
+    rows: list[Row] = []
+
+    def keep(*found: Row) -> None:
+        # A GPU is often lent for a time: what is known when that ends should not be lost.
+        print(table.text(found), file=sys.stderr, flush=True)
+        rows.extend(found)
+
     for streams in (1, 16, MOST):
         if f"{shape}.{streams}" in TARGETS:
-            rows += await _streams(plan, shape, streams)
+            keep(*await _streams(plan, shape, streams))
     if f"{shape}.load" in TARGETS:
-        rows += [await _first_token(plan, shape), await _cancels(plan, shape), await _acknowledged(plan, shape)]
-        rows += [await _load(plan, shape)]
+        for measured in (_first_token, _cancels, _acknowledged, _load):
+            keep(await measured(plan, shape))
     return rows
 
 
