@@ -18,7 +18,7 @@ from LLM.quantize import settle
 from tests import makers
 from tests.conftest import DEFAULT_MODEL, running
 
-CPU = LoadOptions(dtype="bfloat16", device="cpu", kv_memory=16 << 20)
+CPU = LoadOptions(dtype="bfloat16", device="cpu", kv_memory=16 << 20, decode="eager")
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
