@@ -9,6 +9,7 @@ from bench.measure import Trace
 from bench.runs import Measurement, Plan, Variant, alternate
 from bench.sides import ECHO
 from bench.sides.mqtt import MqttSide
+from bench.sides.process import Process, SideFailed
 from bench.sides.side import Side
 from bench.table import Row, compared, single
 
@@ -57,13 +58,16 @@ async def _lateness(asked: list[Request], side: Side) -> tuple[float, float]:
 
 
 async def _gap(tokens: int, over_mqtt: bool, side: Side) -> float:
-    """Give the p99 gap, in seconds, of WebSocket streams beside as many others."""
+    """Give the p99 gap, in seconds, of WebSocket streams beside as many others that another process reads."""
     assert isinstance(side, MqttSide)
-    asked = requests(2 * STREAMS, [tokens], lengths=(16,))
-    stream = side.stream_mqtt if over_mqtt else side.stream
-    traces, _ = await asyncio.gather(
-        closed_loop(side.stream, STREAMS, asked[:STREAMS]), closed_loop(stream, STREAMS, asked[STREAMS:])
+    how = ("mqtt", str(side.port)) if over_mqtt else ("websocket", side.url)
+    others = await Process.spawn("others", "bench.sides.beside", *how, str(STREAMS), str(tokens), threads=1)
+    traces, found = await asyncio.gather(
+        closed_loop(side.stream, STREAMS, requests(STREAMS, [tokens], lengths=(16,))), others.wait_for(r"got (\d+) tokens")
     )
+    await others.stop()
+    if int(found[1]) < STREAMS * tokens:
+        raise SideFailed(f"only {found[1]} tokens came beside")
     return measure.quantile(measure.steady_itls(traces), 0.99)
 
 
