@@ -68,21 +68,30 @@ async def test_the_lines_in_the_readme_work_as_printed(at_home: Mosquitto, tmp_p
     clients = [line.replace(" -t ", f" -p {at_home.port} -t ", 1) for line in (subscribe, publish)]
     async with process(tmp_path, "sh", "-c", f"exec {serve}") as server:
         await server.says()
-        heard = await asyncio.create_subprocess_shell(f"exec {clients[0]}", stdout=asyncio.subprocess.PIPE)
-        await eventually(lambda: "llm/home/reply/me" in at_home.log)
-        published = await asyncio.create_subprocess_shell(clients[1])
-        assert await published.wait() == 0
-        assert heard.stdout
-        frames: list[dict[str, Any]] = []
-        async with asyncio.timeout(PATIENCE):
-            while not frames or frames[-1]["type"] != "done":
-                frames.append(json.loads(await heard.stdout.readline()))
-        heard.kill()
-        await heard.wait()
+        frames = await heard_of(clients, at_home)
         assert frames[0]["type"] == "started"
         assert frames[-1]["text"].startswith(" Paris")
         server.signal()
         assert await server.ends() == 0
+
+
+async def heard_of(lines: list[str], at: Mosquitto) -> list[dict[str, Any]]:
+    """Give what the first line hears of what the second one publishes."""
+    subscribe, publish = lines
+    heard = await asyncio.create_subprocess_shell(f"exec {subscribe}", stdout=asyncio.subprocess.PIPE)
+    frames: list[dict[str, Any]] = []
+    try:
+        await eventually(lambda: "llm/home/reply/me" in at.log)
+        published = await asyncio.create_subprocess_shell(publish)
+        assert await published.wait() == 0
+        assert heard.stdout
+        async with asyncio.timeout(PATIENCE):
+            while not frames or frames[-1]["type"] != "done":
+                frames.append(json.loads(await heard.stdout.readline()))
+    finally:
+        heard.kill()
+        await heard.wait()
+    return frames
 
 
 # Examples.
