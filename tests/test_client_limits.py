@@ -227,6 +227,17 @@ async def test_a_flood_of_frames_is_closed_and_another_connection_is_served(wire
         assert (await other.generate(prompt="hello"))["joined"] == "hello"
 
 
+async def test_an_address_that_floods_is_let_in_no_more_for_a_while_and_who_is_in_stays() -> None:
+    async with running(messages_per_second=0.1) as server, server.client() as neighbour:
+        async with server.client() as client:
+            client.socket.transport.write(200 * frame(Opcode.PING, b""))
+            assert await closing_code(client) == 4429
+        assert await refused(server) == 429
+        assert (await neighbour.generate(prompt="hello"))["joined"] == "hello"
+        async with server.client(local_addr=ELSEWHERE) as other:
+            assert (await other.generate(prompt="hello"))["joined"] == "hello"
+
+
 async def test_many_frames_that_came_at_once_leave_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     loop, turns, parsed = asyncio.get_running_loop(), itertools.count(), Counter[int]()
 

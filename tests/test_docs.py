@@ -129,7 +129,10 @@ DERIVED = {
     "new connections of any kind of one address": of_rate(limits.CONNECTIONS_PER_HANDSHAKE * Config().handshakes_per_second),
     "messages of one client, on all its connections": of_rate(limits.CONNECTIONS_HEARD * Config().messages_per_second),
     "frames of one connection, pings and pieces of messages included": of_rate(
-        accepted.FRAMES_PER_MESSAGE * Config().messages_per_second, accepted.SPARE_FRAMES
+        limits.FRAMES_PER_MESSAGE * Config().messages_per_second, accepted.SPARE_FRAMES
+    ),
+    "frames of one address, on all its connections": of_rate(
+        limits.CONNECTIONS_HEARD * limits.FRAMES_PER_MESSAGE * Config().messages_per_second
     ),
 }
 

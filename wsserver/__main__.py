@@ -16,6 +16,7 @@ import orjson
 
 from handlers import dispatcher
 from handlers.status import overview
+from LLM import giving_way
 from LLM._base_model_handler import LoadOptions
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
@@ -80,6 +81,7 @@ def run_server(config: Config) -> None:
     allowed = open_files.allow(config.max_connections)
     if allowed < config.max_connections:
         log.warning("--max-connections: the system lets this process have %d connections (ulimit -n)", max(allowed, 0))
+    sys.setswitchinterval(giving_way.USUAL)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             hangs = runner.run(serve(config))

@@ -13,19 +13,17 @@ from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request
 from websockets.protocol import Event
 
-from wsserver.limits import BURST_SECONDS, Accounts, Owner, TokenBucket, address_of
+from wsserver.limits import BURST_SECONDS, FRAMES_PER_MESSAGE, Account, Accounts, Owner, TokenBucket, address_of
 from wsserver.protocol import CloseCode
 
 # Bytes of a handshake's request; the library alone would take a megabyte.
 MAX_REQUEST_BYTES = 16_384
-# Frames for each message that may be sent, since it may come in pieces and pings between them; and some more, so that
-# whoever sends too many messages is told so first.
-FRAMES_PER_MESSAGE = 4
+# Frames that may be sent beside those of as many messages as may be: whoever sends too many messages is told so first.
 SPARE_FRAMES = 100
 # Bytes that are parsed before the frames in them are counted, and frames after which others have their turn: one read may
 # give many thousand.
 PIECE = 512
-FRAMES_PER_TURN = 32
+FRAMES_PER_TURN = 8
 # Seconds that a client is given to read why it is cut off.
 LINGER = 2.0
 
@@ -36,6 +34,7 @@ class Accepted(ServerConnection):
     def __init__(self, accounts: Accounts, messages_per_second: float, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.address: Owner
+        self._account: Account
         self._accounts = accounts
         self._entered = self._is_cut_off = False
         self._request_bytes = 0
@@ -53,6 +52,7 @@ class Accepted(ServerConnection):
             writer.close()
             return
         self._entered = True
+        self._account = self._accounts.of(self.address)
         super().connection_made(transport)
         # The library's queue of messages was full, and is not any more.
         self.recv_messages.resume = partial(self.loop.call_soon, self._parse)
@@ -101,7 +101,9 @@ class Accepted(ServerConnection):
     def process_event(self, event: Event) -> None:
         """Count a frame; one too many ends the connection here and now, and what is still to be read is not."""
         self._frames_of_turn += 1
-        if not isinstance(event, Request) and self._frames.take(time.monotonic()):
+        now = time.monotonic()
+        self._account.frames.take(now)  # of none that are left no new connection is let in
+        if not isinstance(event, Request) and self._frames.take(now):
             self._cut_off()
         else:
             super().process_event(event)

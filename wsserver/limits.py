@@ -15,8 +15,10 @@ from wsserver.config import Config
 BURST_SECONDS = 10.0
 # How many connections an address may open for each of its handshakes: a page is made of many files, each on one of its own.
 CONNECTIONS_PER_HANDSHAKE = 10
-# How many connections' messages one client may send on all of its connections: without that a new one would start anew.
+# How many connections' messages and frames one client may send on all of them: without that a new one would start anew.
 CONNECTIONS_HEARD = 10
+# Frames for each message that may be sent, since it may come in pieces and pings between them.
+FRAMES_PER_MESSAGE = 4
 # For how many characters, and for how many brackets, a message counts once more: what takes long to read.
 LONG_MESSAGE = 4096
 MANY_BRACKETS = 256
@@ -84,6 +86,7 @@ class Account:
         self.arrivals = bucket(CONNECTIONS_PER_HANDSHAKE * config.handshakes_per_second)
         self.handshakes = bucket(config.handshakes_per_second)
         self.messages = bucket(CONNECTIONS_HEARD * config.messages_per_second)
+        self.frames = bucket(CONNECTIONS_HEARD * FRAMES_PER_MESSAGE * config.messages_per_second)
         self.tokens = TokenBucket(config.tokens_per_minute / 60, config.tokens_per_minute)
         self._config = config
 

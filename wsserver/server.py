@@ -47,7 +47,7 @@ PONG_WITHIN = 20.0
 CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
-TOO_MANY_HANDSHAKES = "too many WebSockets were opened from this address; try again later"
+TOO_MANY_HANDSHAKES = "too many WebSockets were opened from this address, or too much was sent over them; try again later"
 USAGE = (
     "wsserver speaks WebSocket at /ws; protocol.md describes the messages. "
     "GET /healthz says whether it is up, GET /readyz whether it can serve.\n"
@@ -244,7 +244,8 @@ class Server:
 
     def _count_handshake(self, client: ServerConnection) -> None:
         account = self.state.accounts.of(address_of(client.remote_address))
-        if wait := account.handshakes.take(time.monotonic()):
+        now = time.monotonic()
+        if wait := account.frames.wait(now) or account.handshakes.take(now):
             raise Denied(http.HTTPStatus.TOO_MANY_REQUESTS, TOO_MANY_HANDSHAKES, Retry_After=str(math.ceil(wait)))
 
 
