@@ -234,7 +234,7 @@ moves = st.one_of(
 
 
 # Not made smaller when it fails: walks fail by the threads' timing, and each try of one that waits in vain takes long.
-@settings(max_examples=200, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=120, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(steps=st.lists(moves, min_size=8, max_size=50), clients=st.integers(1, 3), max_active=st.integers(1, 3))
 async def test_the_contract_holds_on_every_walk(steps: list[tuple[Any, ...]], clients: int, max_active: int) -> None:
     async with scripted(max_active=max_active) as (server, echo):

@@ -58,6 +58,7 @@ PROMPTS = {
     "late": list(range(30)),
 }
 CANCELLED_AFTER = 4
+TOKENS = 6  # of an answer, each a second of the interpreter's
 
 
 def play(run: Callable[[], Tensor], pool: Any) -> Recording:
@@ -122,11 +123,11 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 def test_recorded_steps_give_the_tokens_of_eager_ones_also_when_one_is_cancelled(
     name: str, cancelled: str | None, interpreted: Callable[..., Any]
 ):
-    eager, recorded, steps = interpreted(name, 8, cancelled)
+    eager, recorded, steps = interpreted(name, TOKENS, cancelled)
     if cancelled:
         eager[cancelled] = eager[cancelled][:CANCELLED_AFTER]
     assert recorded == eager
-    assert steps > 8
+    assert steps > TOKENS
 
 
 def slices(*described: tuple[int, list[int]]) -> list[Slice]:
