@@ -34,7 +34,7 @@ async def main(host: str = "127.0.0.1", port: str = "1883", root: str = "llm/hom
                         sys.exit(frame["message"])
         except MqttError as error:
             print(f"\n[{error}; trying again]", file=sys.stderr)
-            await asyncio.sleep(1)
+            await asyncio.sleep(1)  # or a broker that is down would be asked without a pause
 
 
 asyncio.run(main(*sys.argv[1:]))

@@ -26,13 +26,55 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PATIENCE = 30.0  # seconds without a frame after which a test fails instead of hanging
 
 
-class Client:
+class Asker:
+    """A client as tests use it, whatever it speaks through: what it asked for, what it got, and the judge of both."""
+
+    def __init__(self, checker: Checker) -> None:
+        self.checker = checker
+        self.frames: list[dict[str, Any]] = []
+
+    async def send(self, **message: Any) -> None:
+        """Send one message, given as its fields."""
+        raise NotImplementedError
+
+    async def receive(self) -> dict[str, Any]:
+        """Give the next frame of any kind, once the checker has passed it."""
+        raise NotImplementedError
+
+    async def settle(self) -> dict[str, Any]:
+        """Wait until the server has read everything sent so far; give the status report that says so."""
+        await self.send(type="status")
+        return await self.until("status")
+
+    def of(self, id: str, *kinds: str) -> list[dict[str, Any]]:
+        """Give the frames of an id received so far, all or those of some kinds."""
+        return [frame for frame in self.frames if frame.get("id") == id and (not kinds or frame["type"] in kinds)]
+
+    async def until(self, *kinds: str, id: str | None = None) -> dict[str, Any]:
+        """Read on until a frame of one of the kinds (and of the id, if given) comes; give that one."""
+        while True:
+            frame = await self.receive()
+            if frame["type"] in kinds and id in (None, frame.get("id")):
+                return frame
+
+    async def done(self, id: str) -> dict[str, Any]:
+        """Give the `done` of an id, received already or still to come."""
+        received = self.of(id, "done")
+        return received[-1] if received else await self.until("done", id=id)
+
+    async def generate(self, **fields: Any) -> dict[str, Any]:
+        """Run one generation to its end; give its `done`, with the joined text of its token frames in "joined"."""
+        await self.send(type="generate", **fields)
+        done = await self.until("done", id=fields.get("id"))
+        return {**done, "joined": self.checker.texts[done["id"]]}
+
+
+class Client(Asker):
     """One client connection; every frame passes the checker."""
 
     def __init__(self, socket: ClientConnection, resumable: Resumable | None = None) -> None:
         self.socket = socket
-        self.checker = Checker(resumable)
-        self.frames: list[dict[str, Any]] = []
+        super().__init__(Checker(resumable))
 
     async def send(self, **message: Any) -> None:
         """Send one message, given as its fields."""
@@ -60,39 +102,12 @@ class Client:
         """Close the connection as a client does that is done."""
         await self.socket.close()
 
-    async def settle(self) -> dict[str, Any]:
-        """Wait until the server has read everything sent so far; give the status report that says so."""
-        await self.send(type="status")
-        return await self.until("status")
-
-    def of(self, id: str, *kinds: str) -> list[dict[str, Any]]:
-        """Give the frames of an id received so far, all or those of some kinds."""
-        return [frame for frame in self.frames if frame.get("id") == id and (not kinds or frame["type"] in kinds)]
-
     async def receive(self) -> dict[str, Any]:
         """Give the next frame of any kind."""
         async with asyncio.timeout(PATIENCE):
             frame = self.checker.received(await self.socket.recv(decode=True))
         self.frames.append(frame)
         return frame
-
-    async def until(self, *kinds: str, id: str | None = None) -> dict[str, Any]:
-        """Read on until a frame of one of the kinds (and of the id, if given) comes; give that one."""
-        while True:
-            frame = await self.receive()
-            if frame["type"] in kinds and id in (None, frame.get("id")):
-                return frame
-
-    async def done(self, id: str) -> dict[str, Any]:
-        """Give the `done` of an id, received already or still to come."""
-        received = self.of(id, "done")
-        return received[-1] if received else await self.until("done", id=id)
-
-    async def generate(self, **fields: Any) -> dict[str, Any]:
-        """Run one generation to its end; give its `done`, with the joined text of its token frames in "joined"."""
-        await self.send(type="generate", **fields)
-        done = await self.until("done", id=fields.get("id"))
-        return {**done, "joined": self.checker.texts[done["id"]]}
 
 
 class Running:

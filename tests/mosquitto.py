@@ -22,7 +22,7 @@ from paho.mqtt.properties import Properties
 from handlers import dispatcher
 from handlers.status import overview
 from tests.checker import Checker
-from tests.conftest import PATIENCE, Running, eventually
+from tests.conftest import PATIENCE, Asker, Running, eventually
 from tests.scripted import ScriptedModel, scripted
 from wsserver.auth import Keys
 from wsserver_mqtt.address import address
@@ -94,14 +94,13 @@ async def mosquitto(folder: Path, lines: list[str] = OPEN) -> AsyncIterator[Mosq
         await broker.stop()
 
 
-class Device:
+class Device(Asker):
     """A client on the broker, whose answers go to one topic; every frame passes the checker."""
 
     def __init__(self, client: aiomqtt.Client, reply: str, modern: bool) -> None:
         self.client = client
         self.reply = reply
-        self.checker = Checker()
-        self.frames: list[dict[str, Any]] = []
+        super().__init__(Checker())
         self.messages: list[aiomqtt.Message] = []
         self._modern = modern
 
@@ -157,33 +156,6 @@ class Device:
         while (frame := await self.receive_unjudged())["type"] != "done":
             pass
         return frame
-
-    async def until(self, *kinds: str, id: str | None = None) -> dict[str, Any]:
-        """Read on until a frame of one of the kinds (and of the id, if given) comes; give that one."""
-        while True:
-            frame = await self.receive()
-            if frame["type"] in kinds and id in (None, frame.get("id")):
-                return frame
-
-    async def done(self, id: str) -> dict[str, Any]:
-        """Give the `done` of an id, received already or still to come."""
-        received = self.of(id, "done")
-        return received[-1] if received else await self.until("done", id=id)
-
-    async def generate(self, **fields: Any) -> dict[str, Any]:
-        """Run one generation to its end; give its `done`, with the joined text of its token frames in "joined"."""
-        await self.send(type="generate", **fields)
-        done = await self.until("done", id=fields.get("id"))
-        return {**done, "joined": self.checker.texts[done["id"]]}
-
-    async def settle(self) -> dict[str, Any]:
-        """Wait until the server has read everything sent so far; give the status report that says so."""
-        await self.send(type="status")
-        return await self.until("status")
-
-    def of(self, id: str, *kinds: str) -> list[dict[str, Any]]:
-        """Give the frames of an id received so far, all or those of some kinds."""
-        return [frame for frame in self.frames if frame.get("id") == id and (not kinds or frame["type"] in kinds)]
 
     def _judge(self, frame: dict[str, Any]) -> None:
         """Let the checker see a frame; that a streamed answer's done has the whole text is MQTT's own."""

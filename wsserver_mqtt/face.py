@@ -96,6 +96,7 @@ class Face:
             except BrokerLost as error:
                 log.warning("mqtt: %s: %s", self._address.host, error)
             except Exception:
+                # Whatever was wrong here, the WebSocket side goes on, and the broker is tried again like a lost one.
                 log.exception("mqtt: serving at %s failed", self._address.host)
             if not self._closing.is_set():
                 wait = next(waits)

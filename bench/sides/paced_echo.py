@@ -24,7 +24,7 @@ class PacedRunner(model_srv_wsserver_echo.EchoRunner):
         """Wait for the tick, then advance each slice's sequence."""
         now = time.monotonic()
         self.due = max(self.due + self.tick, now)
-        time.sleep(self.due - now)
+        time.sleep(self.due - now)  # on the engine's thread, in the place of a model's forward pass
         return super().step(batch)
 
 
