@@ -21,6 +21,8 @@ from wsserver.auth import Keys
 from wsserver.config import Config
 from wsserver.server import Server
 
+pytest_plugins = ("tests.stage",)  # it builds upon this file, so its fixture cannot be in here
+
 ECHO = "wsserver/echo"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PATIENCE = 30.0  # seconds without a frame after which a test fails instead of hanging
@@ -179,3 +181,8 @@ async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> No
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for here has no event to tell of it
             await asyncio.sleep(0)
+
+
+async def stopping(server: Running) -> None:
+    """Wait until the server has read a cancel of something resumable."""
+    await eventually(lambda: any(job.stopping for job in server.server.resumables))

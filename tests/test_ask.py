@@ -17,7 +17,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from tests.conftest import eventually
 from tests.pseudo_terminal import ENVIRONMENT, in_terminal
 from tests.scripted import in_engine, put, scripted
-from tests.test_client import MORE, TEXT, Stage, staged
+from tests.stage import MORE, TEXT, Stage, staged
 from tests.test_dialing import answering
 from tests.test_docs import README
 from wsserver import __main__ as main_module
@@ -40,12 +40,6 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "timings": {"total_ms": 1.0},
     },
 }
-
-
-@pytest.fixture
-async def stage() -> AsyncIterator[Stage]:
-    async with staged() as stage:
-        yield stage
 
 
 @contextlib.asynccontextmanager

@@ -7,18 +7,12 @@ import pytest
 from tests.conftest import eventually
 from tests.pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal, in_terminal
 from tests.scripted import put
+from tests.stage import MORE, TEXT, Stage
 from tests.test_ask import recording
-from tests.test_client import MORE, TEXT, Stage, staged
 from wsserver import chat, shell
 
 PROMPT, ANSWER = "\x1b[?2004h", "\x1b[?2004l"  # from here on what is typed is the prompt's, and no longer is
 BEGUN = f"{ANSWER}012"
-
-
-@pytest.fixture
-async def stage() -> AsyncIterator[Stage]:
-    async with staged() as stage:
-        yield stage
 
 
 @pytest.fixture
