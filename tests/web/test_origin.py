@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from playwright.async_api import Browser
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.http11 import Request, Response
 
 from tests.conftest import Running, running
-from tests.web.chromium import NEEDS_CHROMIUM, chromium, profile
+from tests.web.chromium import NEEDS_CHROMIUM, profile
 
 pytestmark = [NEEDS_CHROMIUM, pytest.mark.asyncio(loop_scope="module")]
 
@@ -31,12 +30,6 @@ CONNECT = """url => new Promise(tell => {
 })"""
 REFUSED = {"code": 1006, "heard": ""}  # a browser tells a page no more than that it failed
 SERVED = {"code": 1005, "heard": "hello"}
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as browser:
-        yield browser
 
 
 @contextlib.asynccontextmanager
