@@ -223,6 +223,19 @@ async def test_a_drain_ends_though_a_client_never_reads(monkeypatch: pytest.Monk
             await deaf.until("nothing comes any more")
 
 
+async def test_a_drain_stops_nothing_of_a_client_that_is_being_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsserver.connection.CLOSE_TIMEOUT", 0.1)
+    async with scripted(drain_timeout=0.0) as (server, model), slow_client(server) as deaf:
+        await deaf.send(type="generate", id="g", prompt="hello")
+        await model.in_step_of("g")
+        deaf.socket.transport.pause_reading()
+        (connection,) = server.server._connections
+        connection.give_up("the test says so")
+        await server.server.drain()
+        assert not server.server._connections
+        model.open()
+
+
 async def test_leaving_the_server_closes_clients_that_were_not_drained() -> None:
     async with running() as server, server.client() as client:
         assert (await client.generate(prompt="hello"))["joined"] == "hello"

@@ -154,11 +154,13 @@ class Peer:
             self._ending.append(replay)
         for id in list(self._jobs):
             self._drop(id)
+        self.session.forget()
 
     async def left(self) -> None:
         """Wait until everything has ended that `leave` ends."""
         if self._ending:
             await asyncio.wait(self._ending)
+        self._ending.clear()
 
     async def idle(self) -> None:
         """Wait until no id is open."""

@@ -286,6 +286,10 @@ class Session:
                 return None
         return None if entry.stop else frame
 
+    def forget(self) -> None:
+        """Close all ids: nothing more is said about any of them, and nothing is left to be stopped."""
+        self._open.clear()
+
     def has(self, id: str) -> bool:
         """Whether an id is open."""
         return id in self._open
