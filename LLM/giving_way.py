@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SWITCH_INTERVAL = 1e-4  # seconds
-# At all other times, in a process that serves. Python's own is ten times as long, and a step waits for its turn some times
-# when the event loop is busy.
-USUAL = 5e-4
+USUAL = sys.getswitchinterval()
 
 
 @contextmanager
@@ -15,7 +13,7 @@ def giving_way() -> Iterator[None]:
     """Hand the interpreter on soon when another thread asks for it; one step of a stream does so a few hundred times.
 
     It holds for the whole process. Of two at once the first to end ends it for the other too, which then is as polite as
-    usual.
+    Python is.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     try:

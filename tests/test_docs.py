@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from tests.conftest import running
-from wsserver import accepted, limits, protocol
+from wsserver import accepted, arrivals, limits, protocol
 from wsserver.config import Config
 from wsserver.protocol import CloseCode, ErrorCode, FinishReason, Generate, Init, Resume, ServerMessage
 from wsserver.session import Session
@@ -156,7 +156,7 @@ def test_a_limit_of_protocol_md_has_the_default_of_its_option() -> None:
 def test_a_limit_of_protocol_md_without_an_option_is_the_code_s() -> None:
     fixed = {default for _, default, option, _ in rows("limit") if option == "-"}
     bad_messages = Session.__dataclass_fields__["max_bad_messages"].default
-    assert fixed == {f"{accepted.MAX_REQUEST_BYTES:,}", f"{bad_messages}", "128", "16, 256", "20"}
+    assert fixed == {f"{arrivals.MAX_REQUEST_BYTES:,}", f"{bad_messages}", "128", "16, 256", "20"}
     told = {limit: default for limit, default, *_ in rows("limit")}
     assert {limit: told[limit] for limit in DERIVED} == DERIVED
 

@@ -71,6 +71,8 @@ class Connection:
             await self.peer.left()
             # These two have an end of their own.
             await asyncio.gather(self._writer, *filter(None, [self._closer, self._leaver]), return_exceptions=True)
+            # They know each other, and are free at once only if one forgets the other.
+            del self.peer
 
     # For the peer.
 
@@ -178,6 +180,8 @@ class Connection:
                 self._all_written.set()
         except ConnectionClosed:
             pass  # the reader sees it too
+        except asyncio.CancelledError:
+            pass  # its last act, or this error's frames would know the connection that knows the task that keeps the error
         finally:
             self._all_written.set()
 

@@ -260,7 +260,7 @@ class Job:
         try:
             await serve(self)
         except asyncio.CancelledError:
-            raise
+            return  # a task that ends as cancelled keeps this error, whose frames know the job that knows the task
         except BaseException:  # a panic in Rust code, of the tokenizer or of JSON, is no Exception
             log.exception("serving a request failed")
         finally:

@@ -8,7 +8,7 @@ import math
 import secrets
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self, cast
@@ -17,33 +17,31 @@ from websockets.asyncio.server import Server as WebSocketServer
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
-from websockets.typing import Subprotocol
 
 from wsserver import __version__, tcp
 from wsserver.accepted import Accepted
+from wsserver.arrivals import Arrivals
 from wsserver.auth import Keys
 from wsserver.config import Config
 from wsserver.connection import CLOSE_TIMEOUT, Connection
 from wsserver.door import Denied, Door
-from wsserver.limits import address_of
-from wsserver.liveness import Liveness, ping_interval
+from wsserver.limits import Owner, address_of
+from wsserver.listener import listen
+from wsserver.liveness import Liveness
 from wsserver.outbox import Outbox
 from wsserver.pages import load_pages
 from wsserver.peer import Dispatch, Peer
-from wsserver.protocol import SUBPROTOCOL, CloseCode
+from wsserver.protocol import CloseCode
+from wsserver.reading import Reading
 from wsserver.resumables import Resumables
 from wsserver.session import ServerState, Session
 
 log = logging.getLogger(__name__)
 
-WRITE_LIMIT = 2_048  # how much may lie in this process behind the outbox
-UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for its own unread answers
 LOOKS = 30  # how often a connection is looked at in the time after which it counts as stalled
 WS_PATH = "/ws"
 ECHO_PATH = "/echo"  # for tests of the protocol under ours, and only where the operator has asked for it
 ONCE = "once=1"  # said behind the path by a client that cannot tell by itself when to leave
-# Where the system does not tell what a peer takes, a pong must come within so many seconds.
-PONG_WITHIN = 20.0
 CLOSING = 5.0  # seconds of a drain that are left for stops and closes when the rest is over
 STOP_GRACE = 5.0  # seconds that stopped generations get to say so, when the server ends
 
@@ -99,6 +97,8 @@ class Server:
         self._problem = problem
         self._door = Door(config, keys)
         self.tls = tls
+        self._arrivals = Arrivals(self.state.accounts, config.handshake_timeout, self._admit, tls)
+        self._reading = Reading()
         self._pages = load_pages() if config.page else {}
         self._connections: dict[Connection, Liveness] = {}
         # Clients that came another way than by this listener.
@@ -108,24 +108,15 @@ class Server:
         self._finish_by = 0.0  # when what runs has to have ended, once it drains
 
     async def __aenter__(self) -> Self:
-        accepted = partial(Accepted, self.state.accounts, self._config.messages_per_second)
-        self._listener = await serve(
+        self._listener = serve(
             self._accept,
-            self._config.host,
-            self._config.port,
-            ssl=self.tls,
             process_request=self._answer,
-            select_subprotocol=_select_subprotocol,
-            compression=None,
             open_timeout=self._config.handshake_timeout,
-            max_size=self._config.max_message_bytes,
-            max_queue=UNREAD_MESSAGES,
-            write_limit=WRITE_LIMIT,
-            ping_interval=ping_interval(self._config.stall_timeout),
-            ping_timeout=None if tcp.TELLS_TRAFFIC else PONG_WITHIN,
             server_header=f"wsserver/{__version__}",
-            create_connection=cast(type[ServerConnection], accepted),
         )
+        # What is the library's begins with a request.
+        self._listener.create_server = self._listen
+        await self._listener
         self._look()
         return self
 
@@ -133,6 +124,7 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._next_look.cancel()
+        self._arrivals.close()
         self._listener.close()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -177,6 +169,12 @@ class Server:
         """Wait until nobody has an open id; what is resumed meanwhile counts too."""
         while busy := [client.peer for client in self._clients if client.peer.session.active]:
             await asyncio.gather(*(peer.idle() for peer in busy))
+
+    async def _listen(self) -> asyncio.Server:
+        return cast(asyncio.Server, await listen(self._config.host, self._config.port, self._arrivals.take))
+
+    def _admit(self, address: Owner) -> Accepted:
+        return Accepted(self._listener, self._config, self.state.accounts, self._reading, address)
 
     async def _accept(self, client: ServerConnection) -> None:
         # The kernel's own patience is the last resort: it closes without a word.
@@ -267,11 +265,6 @@ async def _echo(client: ServerConnection) -> None:
     with contextlib.suppress(ConnectionClosed):
         async for message in client:
             broadcast((client,), message)
-
-
-def _select_subprotocol(client: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-    # Given a function, the library also serves clients that offer no subprotocol, or only others.
-    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
 
 
 async def _within(seconds: float, work: Awaitable[object]) -> None:

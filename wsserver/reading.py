@@ -1,0 +1,59 @@
+"""Whose bytes are parsed next: a few frames of all that was read, then everything else has its turn. Knows no sockets.
+
+One read may give many thousand frames, and many connections may be read at once.
+"""
+
+import asyncio
+from collections import deque
+from typing import Protocol
+
+# Frames of all connections together that are parsed in a turn, and for how many a piece counts in which none ends.
+FRAMES_PER_TURN = 8
+FRAMES_A_PIECE = 1 / 16
+REST = 0.001  # seconds between two turns while somebody has more
+
+
+class Speaker(Protocol):
+    """A connection of which something was read."""
+
+    def parse(self) -> int:
+        """Parse a piece of it; give how many frames were in that."""
+        ...
+
+    def goes_on(self) -> bool:
+        """Whether there is more to be parsed now."""
+        ...
+
+
+class Reading:
+    """The lines of those who have something to be parsed. Who has said little is heard before who goes on and on."""
+
+    def __init__(self) -> None:
+        self._first: deque[Speaker] = deque()
+        self._others: deque[Speaker] = deque()  # who had a turn, and have more
+        self._frames_left = float(FRAMES_PER_TURN)
+        self._next_turn: asyncio.Handle | None = None
+
+    def join(self, speaker: Speaker) -> None:
+        """Give somebody a turn, now if there is time, and more of them until nothing is left to be parsed."""
+        self._first.append(speaker)
+        self._parse()
+
+    def _parse(self) -> None:
+        while self._frames_left > 0 and (line := self._first or self._others):
+            speaker = line.popleft()
+            self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
+            if speaker.goes_on():
+                self._others.append(speaker)
+        if self._next_turn is None:
+            loop = asyncio.get_running_loop()
+            # A loop that never rests keeps the interpreter: whenever it lets go of it for a moment, the engine's thread is
+            # woken, and finds it taken again.
+            rests = self._first or self._others
+            self._next_turn = loop.call_later(REST, self._begin_turn) if rests else loop.call_soon(self._begin_turn)
+
+    def _begin_turn(self) -> None:
+        self._next_turn = None
+        self._frames_left = float(FRAMES_PER_TURN)
+        if self._first or self._others:
+            self._parse()
