@@ -135,6 +135,24 @@ def test_over_tls_too_who_says_nothing_counts_and_is_given_up(loop: Callable[[],
         runner.run(check())
 
 
+# What becomes of it.
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_what_is_sent_waits_for_no_acknowledgement(loop: Callable[[], Any], over_tls: bool, files: tuple[str, str]) -> None:
+    async def check() -> None:
+        serving = secured(files) if over_tls else running()
+        async with serving as server, server.client(**{"ssl": trusting(files[0])} if over_tls else {}) as client:
+            await client.settle()
+            (connection,) = server.server._connections
+            accepted = connection._socket.transport.get_extra_info("socket")
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(check())
+
+
 # Many at once.
 
 

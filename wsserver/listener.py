@@ -79,6 +79,7 @@ async def listen(host: str, port: int, take: Take) -> Listener:
     """
     # The loop knows how to bind to every address of a name.
     bound = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port, start_serving=False)
-    sockets = [socket.fromfd(found.fileno(), found.family, found.type) for found in bound.sockets]
+    # Named as TCP's, what comes of them is sent without Nagle's delay.
+    sockets = [socket.fromfd(found.fileno(), found.family, found.type, socket.IPPROTO_TCP) for found in bound.sockets]
     bound.close()
     return Listener(sockets, take)
