@@ -26,21 +26,24 @@ class Speaker(Protocol):
 
 
 class Reading:
-    """The lines of those who have something to be parsed. Who has said little is heard before who goes on and on."""
+    """The lines of those who have something to be parsed. Who has said little need not wait for all who go on and on."""
 
     def __init__(self) -> None:
-        self._first: deque[Speaker] = deque()
+        self._new: deque[Speaker] = deque()
         self._others: deque[Speaker] = deque()  # who had a turn, and have more
+        # Which line is served before the other one: each in every second turn, so that nobody waits for ever.
+        self._lines = [self._new, self._others]
         self._frames_left = float(FRAMES_PER_TURN)
         self._next_turn: asyncio.Handle | None = None
 
     def join(self, speaker: Speaker) -> None:
         """Give somebody a turn, now if there is time, and more of them until nothing is left to be parsed."""
-        self._first.append(speaker)
+        self._new.append(speaker)
         self._parse()
 
     def _parse(self) -> None:
-        while self._frames_left > 0 and (line := self._first or self._others):
+        first, second = self._lines
+        while self._frames_left > 0 and (line := first or second):
             speaker = line.popleft()
             self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
             if speaker.goes_on():
@@ -49,11 +52,12 @@ class Reading:
             loop = asyncio.get_running_loop()
             # A loop that never rests keeps the interpreter: whenever it lets go of it for a moment, the engine's thread is
             # woken, and finds it taken again.
-            rests = self._first or self._others
+            rests = self._new or self._others
             self._next_turn = loop.call_later(REST, self._begin_turn) if rests else loop.call_soon(self._begin_turn)
 
     def _begin_turn(self) -> None:
         self._next_turn = None
         self._frames_left = float(FRAMES_PER_TURN)
-        if self._first or self._others:
+        self._lines.reverse()
+        if self._new or self._others:
             self._parse()
