@@ -64,11 +64,23 @@ async def test_a_request_that_comes_byte_by_byte_is_answered() -> None:
         writer.close()
 
 
-@pytest.mark.parametrize("said", [b"hello\r\n", b"hello\n", b"\n", b"GET / HTTP/1.0\r\n", b"GET / HTTP/1.1\n"])
-async def test_what_can_be_no_request_is_told_so_at_once(said: bytes) -> None:
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"hello\r\n", 400),
+        (b"hello\n", 400),
+        (b"\n", 400),
+        (b"GET / HTTP/1.0\r\n", 400),
+        (b"GET / HTTP/1.1\n", 400),
+        (b"HEAD /healthz HTTP/1.1\r\n", 405),
+        (b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
+    ],
+)
+async def test_what_the_server_does_not_speak_is_told_so_at_once(said: bytes, status: int) -> None:
     async with running(handshake_timeout=1000.0) as server, half_open(server, said) as reader:
         told = await answer(reader)
-        assert told.startswith(b"HTTP/1.1 400 ")
+        assert told.startswith(f"HTTP/1.1 {status} ".encode())
+        assert (b"\r\nAllow: GET\r\n" in told) == (status == 405)
         assert b"WebSocket at /ws" in told
 
 

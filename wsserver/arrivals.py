@@ -21,7 +21,7 @@ MAX_REQUEST_BYTES = 16_384
 # How many are given up at once before others have their turn.
 ENDS_PER_TURN = 32
 TOO_MANY = "too many connections; try again later\n"
-NO_REQUEST = "this is no HTTP/1.1 request; wsserver speaks HTTP/1.1, and WebSocket at /ws\n"
+NO_REQUEST = "wsserver answers a GET of HTTP/1.1, and speaks WebSocket at /ws\n"
 # Seconds for the end of TLS; whoever takes longer is cut off.
 TLS_SHUTDOWN_TIMEOUT = 10.0
 
@@ -118,8 +118,8 @@ class Arrival(asyncio.Protocol):
             return
         self._said += data
         line, newline, _ = self._said.partition(b"\n")
-        if newline and not line.endswith(b" HTTP/1.1\r"):
-            self._transport.write(_answer(HTTPStatus.BAD_REQUEST, NO_REQUEST))
+        if newline and (problem := _problem(bytes(line))):
+            self._transport.write(_answer(problem, NO_REQUEST))
             self._transport.close()
             self._arrivals.leave(self)
         elif self._said.find(b"\r\n\r\n", 0, MAX_REQUEST_BYTES) >= 0:
@@ -155,9 +155,16 @@ class Arrival(asyncio.Protocol):
                 self._arrivals.leave(self)
 
 
+def _problem(line: bytes) -> HTTPStatus | None:
+    """Give the status of a request whose first line is none that the library would answer."""
+    if not line.endswith(b" HTTP/1.1\r"):
+        return HTTPStatus.BAD_REQUEST
+    return None if line.startswith(b"GET ") else HTTPStatus.METHOD_NOT_ALLOWED
+
+
 def _answer(status: HTTPStatus, why: str) -> bytes:
-    retry = "" if status == HTTPStatus.BAD_REQUEST else "Retry-After: 1\r\n"
+    more = {HTTPStatus.BAD_REQUEST: "", HTTPStatus.METHOD_NOT_ALLOWED: "Allow: GET\r\n"}.get(status, "Retry-After: 1\r\n")
     return (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\n{retry}"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\n{more}"
         f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(why)}\r\n\r\n{why}"
     ).encode()
