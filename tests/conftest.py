@@ -21,7 +21,7 @@ from wsserver.auth import Keys
 from wsserver.config import Config
 from wsserver.server import Server
 
-pytest_plugins = ("tests.stage",)  # it builds upon this file, so its fixture cannot be in here
+pytest_plugins = ("tests.stage", "tests.mosquitto")  # they build upon this file, so their fixtures cannot be in here
 
 ECHO = "wsserver/echo"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -94,6 +94,12 @@ async def mosquitto(folder: Path, lines: list[str] = OPEN) -> AsyncIterator[Mosq
         await broker.stop()
 
 
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
+    async with mosquitto(tmp_path) as broker:
+        yield broker
+
+
 class Device(Asker):
     """A client on the broker, whose answers go to one topic; every frame passes the checker."""
 

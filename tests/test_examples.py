@@ -12,7 +12,7 @@ from pathlib import Path
 
 from playwright.async_api import expect
 
-from tests.conftest import Running, eventually
+from tests.conftest import Running, eventually, stopping
 from tests.scripted import ScriptedModel, scripted
 from tests.torture.proxy import PROXIED, Proxy
 from tests.web.chromium import NEEDS_CHROMIUM, chromium
@@ -111,6 +111,6 @@ async def test_the_browser_example_works_as_a_file_that_is_opened(tmp_path: Path
         await tab.get_by_role("button", name="Ask").click()
         await expect(tab.locator("#answer")).to_have_text("Tell")
         await tab.get_by_role("button", name="Stop").click()
-        await eventually(lambda: any(job.stopping for job in server.server.resumables))
+        await stopping(server)
         model.open()
         await expect(tab.locator("#answer")).to_have_text("Tell [cancelled]")

@@ -2,24 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import orjson
 import pytest
 
 from tests.conftest import eventually
-from tests.mosquitto import ROOT, Mosquitto, device, mosquitto, needs_mosquitto, serving
+from tests.mosquitto import ROOT, Mosquitto, device, needs_mosquitto, serving
 from tests.scripted import WIDE, put
 from wsserver_mqtt.topics import Topics
 
 pytestmark = needs_mosquitto
-
-
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
-    async with mosquitto(tmp_path) as broker:
-        yield broker
 
 
 # Answers.

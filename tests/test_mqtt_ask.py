@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.mosquitto import ROOT, Mosquitto, mosquitto, needs_mosquitto, serving
+from tests.mosquitto import ROOT, Mosquitto, needs_mosquitto, serving
 from tests.test_mqtt_security import KEYS, Secured, face_at
 from wsserver.auth import Keys
 from wsserver_mqtt.ask import Failed, _print, main
@@ -19,12 +19,6 @@ from wsserver_mqtt.broker import Broker
 from wsserver_mqtt.messages import Arrived
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
-    async with mosquitto(tmp_path) as broker:
-        yield broker
 
 
 async def started(url: str, *arguments: str, **environment: str) -> asyncio.subprocess.Process:

@@ -1,8 +1,6 @@
 """A broker that is not there, goes and comes back, or takes nothing: what runs, what is told later, and what is bounded."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,7 +10,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 import handlers
 from LLM.model_service import ModelService
 from tests.conftest import eventually
-from tests.mosquitto import ROOT, Mosquitto, device, mosquitto, needs_mosquitto, serving
+from tests.mosquitto import ROOT, Mosquitto, device, needs_mosquitto, serving
 from tests.scripted import WIDE
 from wsserver.peer import Peer
 from wsserver.protocol import Status
@@ -22,12 +20,6 @@ from wsserver_mqtt.messages import Outgoing
 from wsserver_mqtt.reply import Reply
 
 pytestmark = needs_mosquitto
-
-
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
-    async with mosquitto(tmp_path) as broker:
-        yield broker
 
 
 async def test_a_broker_that_is_not_there_yet_holds_up_nobody(broker: Mosquitto) -> None:

@@ -212,12 +212,6 @@ async def test_a_certificate_may_stand_for_a_password(tmp_path: Path) -> None:
 KEYS = {"alice": digest("alice's key"), "bob": digest("bob's key")}
 
 
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
-    async with mosquitto(tmp_path) as broker:
-        yield broker
-
-
 async def ask(client: Device, token: str | None, in_payload: bool, **message: Any) -> None:
     """Publish a request with a key in its payload or beside it."""
     client.checker.sent(message)

@@ -15,18 +15,12 @@ import pytest
 from LLM.errors import Refused
 from LLM.model import Waiter
 from tests.conftest import ECHO, PATIENCE
-from tests.mosquitto import ROOT, Mosquitto, device, mosquitto, needs_mosquitto, serving
+from tests.mosquitto import ROOT, Mosquitto, device, needs_mosquitto, serving
 from tests.scripted import put
 from tests.test_main import COMMAND, ON_ECHO, process
 from wsserver.protocol import ServerInfo
 from wsserver_mqtt.bulletin import MAX_EVENTS, REFRESH, Bulletin
 from wsserver_mqtt.topics import Topics
-
-
-@pytest.fixture
-async def broker(tmp_path: Path) -> AsyncIterator[Mosquitto]:
-    async with mosquitto(tmp_path) as broker:
-        yield broker
 
 
 class Listener:

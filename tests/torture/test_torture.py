@@ -34,7 +34,16 @@ class Held:
 
     @property
     def descriptors(self) -> int:
-        return len(list((self._process / "fd").iterdir()))
+        return len(self.open_files)
+
+    @property
+    def open_files(self) -> list[str]:
+        """Give what its descriptors are of."""
+        found = []
+        for file in (self._process / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.append(str(file.readlink()))
+        return sorted(found)
 
     @property
     def resident(self) -> int:
@@ -73,13 +82,17 @@ async def torture(server: Process, seed: int, clients: int, actions: int) -> Cou
 
 async def nothing_is_left(watcher: Client, held: Held, descriptors: int, seconds: float = SETTLING) -> None:
     """Wait until the server has nothing to do and nothing open but what it had before."""
-    async with asyncio.timeout(seconds):
-        while True:
-            await watcher.generate(prompt="time passes", ignore_eos=True, max_tokens=100)
-            status = await watcher.settle()
-            busy = [entry for entry in status["models"] if entry["active"] or entry["queued"]]
-            if not busy and held.descriptors == descriptors:
-                return
+    busy: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                await watcher.generate(prompt="time passes", ignore_eos=True, max_tokens=100)
+                status = await watcher.settle()
+                busy = [entry for entry in status["models"] if entry["active"] or entry["queued"]]
+                if not busy and held.descriptors == descriptors:
+                    return
+    except TimeoutError:
+        raise AssertionError(f"{held.descriptors} descriptors, not {descriptors}: {held.open_files}; {busy}") from None
 
 
 async def keeps_its_promises(tmp_path: Path, seed: int, clients: int, actions: int) -> None:

@@ -3,12 +3,10 @@
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.http11 import Request, Response
 
 from tests.conftest import eventually, stopping
 from tests.scripted import ScriptedModel, in_engine, put, scripted
@@ -25,16 +23,10 @@ async def first_id(model: ScriptedModel) -> str:
 
 
 @contextlib.asynccontextmanager
-async def doorkeeper(
-    talk: Callable[[ServerConnection], Awaitable[None]], admits: Callable[[Request], bool] = lambda _: True
-) -> AsyncIterator[str]:
-    """Serve what a test says instead of the server, and give the address; refuses handshakes with a 401."""
-
-    def at_the_door(client: ServerConnection, request: Request) -> Response | None:
-        return None if admits(request) else client.respond(HTTPStatus.UNAUTHORIZED, "no\n")
-
+async def doorkeeper(talk: Callable[[ServerConnection], Awaitable[None]]) -> AsyncIterator[str]:
+    """Serve what a test says instead of the server, and give the address."""
     select = {"select_subprotocol": lambda client, offered: offered[0] if offered else None}
-    async with serve(talk, "127.0.0.1", 0, process_request=at_the_door, **select) as listener:
+    async with serve(talk, "127.0.0.1", 0, **select) as listener:
         yield f"ws://127.0.0.1:{next(iter(listener.sockets)).getsockname()[1]}/ws"
 
 
