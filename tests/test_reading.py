@@ -42,16 +42,16 @@ async def test_who_says_little_is_heard_at_once_or_in_the_turn_after_the_next() 
     reading = Reading()
     reading.join(Speaker("one", [1], parsed))
     assert parsed == ["one"]
-    floods = [Speaker(f"flood {i}", [3] * 20, parsed) for i in range(5)]
+    floods = [Speaker(f"flood {i}", [FRAMES_PER_TURN] * 20, parsed) for i in range(5)]
     for flood in floods:
         reading.join(flood)
-    assert parsed[1:] == ["flood 0"] * 3  # so many frames are no others in this turn
+    assert parsed[1:] == ["flood 0"]  # so many frames are no others in this turn
     for flood in floods[1:]:
         assert len(flood.pieces) == 20
     reading.join(other := Speaker("other", [1], parsed))
     await finish(*floods, other)
-    # Three fit into a turn, and in every second one those go first who had one: four floods came before this one.
-    assert parsed.index("other") == 4 + 3 + 3 + 3 + 1
+    # In every second turn those go first who had one: four floods came before this one, and each takes a turn.
+    assert parsed.index("other") == 2 + 4 * 2 + 1
 
 
 async def test_those_who_go_on_are_not_kept_waiting_by_ever_new_ones() -> None:

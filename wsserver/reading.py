@@ -8,7 +8,7 @@ from collections import deque
 from typing import Protocol
 
 # Frames of all connections together that are parsed in a turn, and for how many a piece counts in which none ends.
-FRAMES_PER_TURN = 8
+FRAMES_PER_TURN = 4
 FRAMES_A_PIECE = 1 / 16
 REST = 0.001  # seconds between two turns while somebody has more
 
