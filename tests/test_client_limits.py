@@ -5,7 +5,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from websockets.asyncio.server import ServerConnection
@@ -261,6 +261,21 @@ async def test_many_frames_that_came_at_once_leave_others_their_turn(monkeypatch
     passing[0].cancel()
     assert sum(parsed.values()) > 3000
     assert max(parsed.values()) <= FRAMES_PER_TURN + PIECE // len(frame(Opcode.PING, b""))
+
+
+async def test_who_waits_for_a_turn_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running() as server, server.client() as client:
+        await client.settle()
+        (connection,) = server.server._connections
+        accepted = cast(Accepted, connection._socket)
+        monkeypatch.setattr(server.server._reading, "_parse", lambda: None)
+        client.socket.transport.write(10 * frame(Opcode.PING, b""))
+        await eventually(lambda: bool(accepted._unparsed))
+        assert not accepted.transport.is_reading()
+        monkeypatch.undo()
+        server.server._reading._parse()
+        await client.settle()
+        assert accepted.transport.is_reading()
 
 
 async def test_who_was_cut_off_is_read_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,3 +140,19 @@ async def test_the_loop_rests_while_somebody_floods() -> None:
     finally:
         loop.time = loop_time  # type: ignore[method-assign]
     await finish(flood)
+
+
+async def test_one_that_cannot_be_parsed_keeps_nobody_else_waiting() -> None:
+    def fail(_: int) -> None:
+        raise ValueError("the test says so")
+
+    parsed: list[str] = []
+    reading = Reading()
+    reading.join(Speaker("flood", [FRAMES_PER_TURN], parsed))
+    reading.join(Speaker("bad", [1], parsed, fail))
+    reading.join(one := Speaker("one", [1], parsed))
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+    await finish(one)
+    assert parsed == ["flood", "bad", "one"]
+    assert [str(error) for error in told] == ["the test says so"]

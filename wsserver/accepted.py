@@ -71,6 +71,8 @@ class Accepted(ServerConnection):
         """Take what a read gave."""
         self._unparsed += data
         self._join()
+        if self._unparsed:  # others are before it, and what is left must not grow meanwhile
+            self.transport.pause_reading()
 
     def parse(self) -> int:
         """Parse some of what was read; give how many frames were in it."""

@@ -42,18 +42,22 @@ class Reading:
         self._parse()
 
     def _parse(self) -> None:
-        first, second = self._lines
-        while self._frames_left > 0 and (line := first or second):
-            speaker = line.popleft()
-            self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
-            if speaker.goes_on():
-                self._others.append(speaker)
-        if self._next_turn is None:
-            loop = asyncio.get_running_loop()
-            # A loop that never rests keeps the interpreter: whenever it lets go of it for a moment, the engine's thread is
-            # woken, and finds it taken again.
-            rests = self._new or self._others
-            self._next_turn = loop.call_later(REST, self._begin_turn) if rests else loop.call_soon(self._begin_turn)
+        try:
+            first, second = self._lines
+            while self._frames_left > 0 and (line := first or second):
+                speaker = line.popleft()
+                self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
+                if speaker.goes_on():
+                    self._others.append(speaker)
+        finally:  # whatever one of them raised, the others have their turns
+            if self._next_turn is None:
+                self._next_turn = self._schedule()
+
+    def _schedule(self) -> asyncio.Handle:
+        loop = asyncio.get_running_loop()
+        # A loop that never rests keeps the interpreter: whenever it lets go of it for a moment, the engine's thread is
+        # woken, and finds it taken again.
+        return loop.call_later(REST, self._begin_turn) if self._new or self._others else loop.call_soon(self._begin_turn)
 
     def _begin_turn(self) -> None:
         self._next_turn = None
