@@ -217,7 +217,7 @@ class Job:
         if self._bill:
             self._bill.start()
         self._charge(self._usage)
-        if not self._resumable:
+        if not self._resumable or self._listener is None:  # who left before it began cannot come back for it
             return frame
         self.kept = True
         return replace(frame, resume_token=self._keeper.keep(self))

@@ -144,17 +144,13 @@ class Peer:
 
     def leave(self) -> None:
         """Hear and say nothing any more: jobs that are kept go on without a listener, all others end."""
-        for job in list(self._jobs.values()):
-            if not job.kept:
-                job.task.cancel()
-                self._ending.append(job.task)
+        ending = [job.task for job in self._jobs.values() if not job.kept] + list(self._replays.values())
+        for id, job in list(self._jobs.items()):
             job.listen(None)
-        for replay in self._replays.values():
-            replay.cancel()
-            self._ending.append(replay)
-        for id in list(self._jobs):
             self._drop(id)
         self.session.forget()
+        if ending:
+            self._ending += [*ending, asyncio.create_task(_cancel(ending))]
 
     async def left(self) -> None:
         """Wait until everything has ended that `leave` ends."""
@@ -189,3 +185,10 @@ class Peer:
             if isinstance(frame, Token):
                 seq += frame.n
             await self._link.emptied()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel one task a turn: all of a client's at once would take a turn in which nobody else's token is sent."""
+    for task in tasks:
+        task.cancel()
+        await asyncio.sleep(0)

@@ -29,10 +29,12 @@ class Link:
         self._is_cut = False
         self._latency = 0.0
         self._piece = CHUNK
+        self.forwarded = 0  # bytes, in both directions
 
     def __repr__(self) -> str:
         flow = "flowing" if self._flowing.is_set() else "frozen"
-        return f"<a link that is {flow}, {self._latency} s late, {self._piece} bytes at a time, cut: {self._is_cut}>"
+        pace = f"{self._latency} s late, {self._piece} bytes at a time"
+        return f"<a link that is {flow}, {pace}, cut: {self._is_cut}, {self.forwarded} bytes so far>"
 
     def start(self) -> asyncio.Task[None]:
         """Begin to forward; give what ends with the link."""
@@ -104,6 +106,7 @@ class Link:
             while data and not self._is_cut:
                 piece, data = data[: self._piece], data[self._piece :]
                 await loop.sock_sendall(sink, piece)
+                self.forwarded += len(piece)
                 await asyncio.sleep(0)  # or a dribble would not be one
         if not self._is_cut:
             sink.shutdown(socket.SHUT_WR)
