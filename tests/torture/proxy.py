@@ -125,8 +125,9 @@ class Proxy:
         self._upstream = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._tasks: set[asyncio.Task[None]] = set()
-        # By the port that the client connected from.
+        # By the port that the client connected from; the latest, where one was used again.
         self.links: dict[int, Link] = {}
+        self._all_links: list[Link] = []
 
     @property
     def port(self) -> int:
@@ -146,7 +147,7 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
-        for link in self.links.values():
+        for link in self._all_links:
             await link.reset()
 
     async def _accept(self) -> None:
@@ -157,6 +158,7 @@ class Proxy:
             _prepare(client)
             _prepare(server)
             link = self.links[address[1]] = Link(client, server)
+            self._all_links.append(link)
             try:
                 await loop.sock_connect(server, self._upstream)
             except OSError:

@@ -8,7 +8,8 @@ from typing import Self
 
 import pytest
 
-from tests.torture.proxy import CHUNK, Proxy
+from tests.conftest import eventually
+from tests.torture.proxy import ABORT, CHUNK, Proxy
 
 MUCH = bytes(range(256)) * 4096
 
@@ -186,6 +187,25 @@ async def test_the_end_of_the_proxy_is_the_end_of_its_links() -> None:
         for ends in (frozen, half_open):
             with pytest.raises(ConnectionResetError):
                 await receive(ends.server, 1)
+
+
+async def test_a_link_whose_clients_port_was_used_again_ends_with_the_proxy_too() -> None:
+    loop = asyncio.get_running_loop()
+    async with proxied() as [ends]:
+        await ends.round_trip()
+        await ends.link.half_open()
+        port = ends.client.getsockname()[1]
+        assert await receive(ends.client, 1) == b""
+        ends.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+        ends.client.close()
+        with socket.socket() as again:
+            again.setblocking(False)
+            again.bind(("127.0.0.1", port))
+            await loop.sock_connect(again, ("127.0.0.1", ends.proxy.port))
+            await eventually(lambda: ends.proxy.links[port] is not ends.link)
+        await ends.proxy.__aexit__(None, None, None)
+        with pytest.raises(ConnectionResetError):
+            await receive(ends.server, 1)
 
 
 async def test_a_delayed_link_holds_every_piece_back() -> None:
