@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 # How many may wait in the system's line, and how many of them are taken before everything else has its turn.
 BACKLOG = 1024
-ACCEPTS_PER_TURN = 16
+ACCEPTS_PER_TURN = 4
 # Seconds until it is tried again where the system has no means for one more.
 PAUSE = 1.0
 
