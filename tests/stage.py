@@ -17,6 +17,7 @@ from wsserver.client import Client, connect, dialing
 
 TEXT = "0123456789abcdef" * 4  # 64 tokens of one character
 MORE = "test/more"
+MOST = "test/most"
 
 
 class Stage:

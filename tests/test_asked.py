@@ -158,7 +158,6 @@ def test_a_load_is_said_anew_until_it_is_ready_and_by_each_new_connection_after_
     hears(load, frame("ready", protocol=1, server="", session="", model=model, limits=limits))
     assert load.outcome().model.id == "m"
     assert said(load.opening()) == [{"type": "init", "id": "g1", "model": "m"}]
-    assert not load.ended
 
 
 def test_a_load_that_fails_says_why():

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import ECHO, eventually
 from tests.scripted import in_engine, put
-from tests.stage import MORE, TEXT, Stage, read, staged
+from tests.stage import MORE, MOST, TEXT, Stage, read, staged
 from wsserver.client import ConnectionLost, ServerError, connect
 
 
@@ -79,6 +79,51 @@ async def test_a_new_connection_uses_the_model_of_the_one_before(stage: Stage) -
         assert (len(more.steps), stage.model.steps) == (6, [])
 
 
+@pytest.mark.parametrize("loads", ["ready", "loading"])
+async def test_what_waits_for_an_earlier_model_is_asked_of_that_one_again(loads: str) -> None:
+    async with staged(max_active=1) as stage, stage.connect() as server:
+        more, most = put(stage.server.models, MORE), put(stage.server.models, MOST)
+        if loads == "loading":
+            most.load_gate.shut()
+        answers = [server.generate(prompt=prompt) for prompt in ("first", "second")]
+        texts = [asyncio.create_task(answer.text()) for answer in answers]
+        await in_engine(stage.server, 2)
+        await server.init(MORE)
+        texts += [asyncio.create_task(server.generate(prompt=prompt).text()) for prompt in ("third", "fourth")]
+        await in_engine(stage.server, 4)
+        load = asyncio.create_task(server.init(MOST))
+        await (most.in_load_stage(1) if loads == "loading" else load)
+        texts += [asyncio.create_task(server.generate(prompt="fifth").text())]
+        await in_engine(stage.server, 5)
+        await server.status()  # so that what has started is known to have
+        await stage.lose_and_regain()
+        for model in (stage.model, more, most):
+            model.open()
+        assert await asyncio.gather(*texts) == ["first", "second", "third", "fourth", "fifth"]
+        assert (await load).model.id == MOST
+        assert [len(model.steps) for model in (stage.model, more, most)] == [13, 13, 6]
+        assert await server.generate(prompt="sixth").text() == "sixth"
+        assert len(most.steps) == 12
+
+
+async def test_what_waits_for_a_load_that_was_cancelled_is_asked_of_no_other_model(stage: Stage) -> None:
+    more = put(stage.server.models, MORE)
+    more.load_gate.shut()
+    async with stage.connect() as server:
+        load = asyncio.create_task(server.init(MORE))
+        await more.in_load_stage(1)
+        text = asyncio.create_task(server.generate(prompt="hi").text())
+        await in_engine(stage.server, 1)
+        load.cancel()
+        await asyncio.wait([load])
+        await server.status()  # so that its end was heard
+        await stage.lose_and_regain()
+        with pytest.raises(ServerError, match="cancelled"):
+            await text
+        assert stage.model.steps == []
+        more.open()
+
+
 async def test_where_its_model_is_not_to_be_had_any_more_nobody_gets_another_ones_answer(stage: Stage) -> None:
     put(stage.server.models, MORE).open()
     stage.model.open()
@@ -136,6 +181,22 @@ async def test_what_the_server_has_forgotten_is_an_error_where_text_was_read_and
         with pytest.raises(ServerError, match="resume_expired"):
             await anext(pieces)
         assert await unread == "new"
+
+
+async def test_what_the_server_has_forgotten_is_not_asked_of_another_model(stage: Stage) -> None:
+    more = put(stage.server.models, MORE)
+    async with stage.connect() as server:
+        unread = asyncio.create_task(server.generate(prompt="new").text())
+        await in_engine(stage.server, 1)
+        await server.init(MORE)
+        await stage.lose()
+        for job in list(stage.server.server.resumables):
+            stage.server.server.resumables.forget(job)
+        stage.may_dial.set()
+        with pytest.raises(ServerError, match="another model was chosen"):
+            await unread
+        assert more.steps == []
+        stage.model.open()
 
 
 async def test_when_the_server_is_gone_for_too_long_everybody_is_told() -> None:

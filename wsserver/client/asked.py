@@ -26,6 +26,7 @@ class Asked(ABC):
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.id: str = fields["id"]
+        self.place = 0  # in the order of asking
         self.progress: deque[Progress] = deque()  # that nobody has read yet
         self.error: Exception | None = None
         self._message = encode(fields)
@@ -98,11 +99,6 @@ class Load(Asked):
             return self.ready
         raise self.error or RuntimeError("it has not ended")
 
-    def opening(self) -> list[bytes]:
-        """Give what to say of it on a new connection, one that was ready on the last one too."""
-        self.ready = None
-        return super().opening()
-
 
 class Generation(Asked):
     """A generate, until its done. If it is resumable, a new connection goes on where the last one was lost."""
@@ -117,11 +113,12 @@ class Generation(Asked):
     ) -> None:
         said = {"messages": messages and [dict(message) for message in messages], "prompt": prompt, **parameters}
         super().__init__({"type": "generate", "id": id, "resumable": resumable, **_given(said)})
+        self.load: Load | None = None  # which chose its model
+        self.started = False
         self.tokens = 0  # that were received: the next frame's `seq`
         self._pieces: list[str] = []  # of text that nobody has read yet
         self.logprobs: list[TokenLogprob] = []
         self.done: Done | None = None
-        self._started = False
         self._resume_token: str | None = None
         self._resuming = False
 
@@ -147,7 +144,7 @@ class Generation(Asked):
             case Queued() | Prefill():
                 self.progress.append(frame)
             case Started():
-                self._started, self._resume_token = True, frame.resume_token
+                self.started, self._resume_token = True, frame.resume_token
                 self.progress.append(frame)
             case Resumed():
                 self._resuming = False
@@ -164,7 +161,10 @@ class Generation(Asked):
 
     def opening(self) -> list[bytes]:
         """Give what to say of it on a new connection; nothing of one that the last one took with it."""
-        if not self._started:
+        if not self.started and self.load and self.load.error:
+            self.fail(self.load.error)  # the server may have told that, or gone on to wait for that model
+            return []
+        if not self.started:
             return super().opening()
         if self._resume_token is None:
             self.fail(ConnectionLost("the connection was lost in the middle of an answer that is not resumable"))
@@ -179,7 +179,7 @@ class Generation(Asked):
             self.fail(failure.as_error())
             return []
         # Nothing of it was told to anybody, so it may as well be another one.
-        self._started, self._resume_token = False, None
+        self.started, self._resume_token = False, None
         return self.opening()
 
     def _end(self, done: Done) -> None:

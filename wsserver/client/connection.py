@@ -4,6 +4,7 @@ Says things at once or not at all: what a lost connection took with it, the next
 """
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -12,9 +13,9 @@ from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.connection import broadcast
 from websockets.exceptions import ConnectionClosed
 
-from wsserver.client.asked import Asked, Load
+from wsserver.client.asked import Asked, Generation, Load
 from wsserver.client.dialing import Dialer
-from wsserver.client.messages import ConnectionLost, Failure, decode, encode
+from wsserver.client.messages import ConnectionLost, Failure, ServerError, decode, encode
 from wsserver.protocol import Goaway, StatusReport
 
 State = Literal["connected", "reconnecting", "closed"]
@@ -33,8 +34,10 @@ class LastingConnection:
         self._asked: dict[str, Asked] = {}  # by id, oldest first
         self._news: dict[str, asyncio.Event] = {}
         self._reports: deque[asyncio.Future[StatusReport]] = deque()  # oldest first, as they are answered
-        # The init that led to the model which this connection uses: a new one has to be told.
-        self._chosen: Load | None = None
+        self._places = itertools.count()
+        # What may say, oldest first, which model the next answer comes from: the last load that got ready, and those asked
+        # for after it that have not failed.
+        self._loads: list[Load] = []
         self._error: Exception | None = ConnectionLost("not connected; use `async with connect(url) as server`")
         self._socket: ClientConnection
         self._running: asyncio.Task[None]
@@ -68,6 +71,11 @@ class LastingConnection:
         """
         if self._error:
             raise self._error
+        asked.place = next(self._places)
+        if isinstance(asked, Load):
+            self._loads.append(asked)
+        elif isinstance(asked, Generation):
+            asked.load = self._newest_load
         self._asked[asked.id], self._news[asked.id] = asked, asyncio.Event()
         self._say(asked.opening())
 
@@ -97,10 +105,13 @@ class LastingConnection:
     def cancel_all(self) -> None:
         """Want no more of anything."""
         for asked in self._asked.values():
-            if asked is not self._chosen:
-                self.cancel(asked)
+            self.cancel(asked)
 
     # The connection.
+
+    @property
+    def _newest_load(self) -> Load | None:
+        return self._loads[-1] if self._loads else None
 
     async def _run(self) -> None:
         try:
@@ -124,12 +135,13 @@ class LastingConnection:
 
     def _reopen(self) -> None:
         """Say on a new connection what still holds of what was said on those before."""
-        if self._chosen:
-            chosen = self._chosen
-            self._asked, self._news[chosen.id] = {chosen.id: chosen} | self._asked, asyncio.Event()
-        for asked in list(self._asked.values()):
+        waiting = [asked for asked in self._asked.values() if isinstance(asked, Generation) and not asked.started]
+        loads = [asked.load for asked in waiting if asked.load and not asked.load.error]
+        # In the order of asking, each is said behind what chose its model, which may not be what chooses the next one's.
+        for asked in sorted({*self._asked.values(), *loads, *self._loads}, key=lambda asked: asked.place):
             self._say(asked.opening())
-            self._settle(asked)
+            if asked.id in self._asked:
+                self._settle(asked)
         self._say([STATUS for report in self._reports])
         # Whose answer tells that there is a server behind that connection, even if nothing else is waited for.
         self._ask_status()
@@ -154,8 +166,18 @@ class LastingConnection:
             assert isinstance(frame, Failure)
             self._answer_status(frame.as_error())
         elif asked := self._asked.get(frame.id):
-            self._say(asked.receive(frame))
+            self._answer(asked, asked.receive(frame))
             self._settle(asked)
+        elif isinstance(frame, Failure) and frame.code != "not_active" and frame.id in [load.id for load in self._loads]:
+            # It was ready on an earlier connection. What is asked for from now on would get another model's answer.
+            raise frame.as_error()
+
+    def _answer(self, asked: Asked, messages: Sequence[bytes]) -> None:
+        """Say something to what was heard: only one that the server has forgotten wants that, to be asked for anew."""
+        if messages and isinstance(asked, Generation) and asked.load is not self._newest_load:
+            asked.fail(ServerError("resume_expired", "the server has forgotten it, and another model was chosen since"))
+        else:
+            self._say(messages)
 
     def _answer_status(self, answer: StatusReport | Exception) -> None:
         report = self._reports.popleft() if self._reports else None
@@ -172,17 +194,15 @@ class LastingConnection:
         if not asked.ended:
             return
         del self._asked[asked.id], self._news[asked.id]
-        if asked is self._chosen and asked.error:
-            raise asked.error  # or what is asked for from now on would get another model's answer
-        if isinstance(asked, Load) and asked.ready:
-            self._chosen = asked
+        if isinstance(asked, Load) and asked in self._loads:
+            place = self._loads.index(asked)
+            del self._loads[slice(0, place) if asked.ready else slice(place, place + 1)]
 
     def _end(self, error: Exception) -> None:
         """End everything, unless it has ended."""
         if self._error:
             return
         self._error = error
-        self._chosen = None
         for asked in list(self._asked.values()):
             asked.fail(error)
             self._settle(asked)

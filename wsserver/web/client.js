@@ -39,7 +39,9 @@ class Chat {
   #socket;
   #wasOpen = false;
   #keyShown; // on this socket
-  #chosen; // the init that was ready last: what every new socket is to begin with
+  // What may say, oldest first, which model the next answer comes from: the last load that got ready, and later ones.
+  #loads = [];
+  #places = 0;
   #asked = new Map(); // what waits for frames, by id
   #statuses = []; // who waits for a status, oldest first
   #parting = []; // what is still to be said of answers that nobody waits for
@@ -66,9 +68,9 @@ class Chat {
   /** Choose the model of this connection, and load it where needed. */
   init(request = {}, options = {}) {
     return new Promise((resolve, reject) => {
-      const init = { type: "init", id: newId(), ...request };
-      const ready = (frame) => ((this.#chosen = init), resolve(frame));
-      this.#ask(new Load(init, options, ready, reject));
+      const load = new Load({ type: "init", id: newId(), ...request }, options, resolve, reject);
+      this.#loads.push(load);
+      this.#ask(load);
     });
   }
 
@@ -112,8 +114,21 @@ class Chat {
     else this.#parting.push(...parting);
   }
 
+  /** A load has ended: one that got ready takes the place of those before it, one that failed leaves them. */
+  loaded(load) {
+    const place = this.#loads.indexOf(load);
+    if (place >= 0) this.#loads.splice(load.isReady ? 0 : place, load.isReady ? place : 1);
+  }
+
+  /** Whether the next answer would come from the same model. */
+  chooses(load) {
+    return this.#loads.at(-1) === load;
+  }
+
   #ask(asked) {
     asked.chat = this;
+    asked.place = this.#places++;
+    if (asked instanceof Answer) asked.load = this.#loads.at(-1);
     if (this.error) asked.fail(this.error);
     else if (asked.begin()) {
       this.#asked.set(asked.message.id, asked);
@@ -141,9 +156,13 @@ class Chat {
     this.#keyShown = !token;
     this.#looks = setInterval(() => this.#look(), patience / LOOKS);
     this.state = "open";
-    if (this.#chosen) this.say(this.#chosen);
     for (const message of this.#parting.splice(0)) this.say(message);
-    for (const asked of this.#asked.values()) this.say(asked.question);
+    const waiting = [...this.#asked.values()].filter(({ load, resumeToken }) => load && !resumeToken);
+    for (const asked of waiting) if (asked.load.failure) asked.fail(asked.load.failure); // its model is not to be had anew
+    const loads = waiting.map(({ load }) => load).filter(({ failure }) => !failure);
+    const all = new Set([...this.#asked.values(), ...loads, ...this.#loads]);
+    // In the order of asking, each is said behind what chose its model, which may not be what chooses the next one's.
+    for (const { question } of [...all].sort((one, other) => one.place - other.place)) this.say(question);
     for (const _ of this.#statuses) this.say({ type: "status" });
     this.#enter("open");
     this.#opened(this);
@@ -166,7 +185,9 @@ class Chat {
   #refused(frame) {
     if (!frame.id) this.#statuses.shift()?.reject(new ServerError(frame));
     // What is asked from now on would get another model's answer.
-    else if (frame.id === this.#chosen?.id && frame.code !== "not_active") this.#end(new ServerError(frame));
+    else if (frame.code !== "not_active" && this.#loads.some(({ message }) => message.id === frame.id)) {
+      this.#end(new ServerError(frame));
+    }
   }
 
   /** A dead network tells nothing, and a page cannot send pings: who waits in silence asks for a status. */
@@ -253,6 +274,9 @@ class Asked {
 }
 
 class Load extends Asked {
+  isReady = false;
+  failure = null;
+
   constructor(message, options, ready, failed) {
     super(message, options);
     this.question = message;
@@ -264,6 +288,8 @@ class Load extends Asked {
     this.onFrame?.(frame);
     if (frame.type === "error") this.fail(new ServerError(frame));
     else if (frame.type === "ready") {
+      this.isReady = true;
+      this.chat.loaded(this);
       this.ready(frame);
       this.over();
     }
@@ -278,6 +304,8 @@ class Load extends Asked {
   }
 
   fail(error) {
+    this.failure = error;
+    this.chat.loaded(this);
     this.failed(error);
     this.over();
   }
@@ -355,7 +383,7 @@ class Answer extends Asked {
   }
 
   #refused(frame) {
-    const canAskAnew = "messages" in this.message || "prompt" in this.message;
+    const canAskAnew = this.chat.chooses(this.load) && ("messages" in this.message || "prompt" in this.message);
     if (frame.code === "resume_expired" && !this.nextSeq && canAskAnew) {
       this.resumeToken = null;
       this.chat.say(this.question);
