@@ -7,7 +7,7 @@ import pytest
 from playwright.async_api import Browser, expect
 
 from tests.conftest import ECHO, eventually, stopping
-from tests.scripted import put, scripted
+from tests.scripted import in_engine, put, scripted
 from tests.web.chromium import NEEDS_CHROMIUM, open_tab, opened, profile
 
 pytestmark = [NEEDS_CHROMIUM, pytest.mark.asyncio(loop_scope="module")]
@@ -136,6 +136,7 @@ async def test_who_waits_is_told_the_place_in_line(browser: Browser) -> None:
         await model.in_step(1)
         await tab.ask("mine")
         await expect(tab.page.locator(".wait").last).to_have_text("…")
+        await in_engine(server, 2)
         model.step_gate.let(1)
         await expect(tab.page.locator(".wait").last).to_have_text("Waiting in line, place 1")
         model.open()
