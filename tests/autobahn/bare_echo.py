@@ -7,8 +7,8 @@ import uvloop
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
+from wsserver.accepted import UNREAD_MESSAGES, WRITE_LIMIT
 from wsserver.protocol import MAX_MESSAGE_BYTES
-from wsserver.server import WRITE_LIMIT
 
 
 async def echo(client: ServerConnection) -> None:
@@ -18,7 +18,7 @@ async def echo(client: ServerConnection) -> None:
 
 
 async def main() -> None:
-    options = {"compression": None, "max_size": MAX_MESSAGE_BYTES, "write_limit": WRITE_LIMIT}
+    options = {"compression": None, "max_size": MAX_MESSAGE_BYTES, "max_queue": UNREAD_MESSAGES, "write_limit": WRITE_LIMIT}
     async with serve(echo, "127.0.0.1", 0, **options) as server:
         print(f"serving at ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/", flush=True)
         await server.serve_forever()
