@@ -70,7 +70,8 @@ async def test_who_means_no_harm_is_served_beside_every_attack(tmp_path: Path) -
 @pytest.mark.torture
 @pytest.mark.timeout(300)
 async def test_who_means_no_harm_is_served_beside_every_attack_for_long(tmp_path: Path) -> None:
-    came_of = await withstands(tmp_path, 10, 60)
+    # Half-open connections are given up after ten seconds: the allocator has had its busiest moment some time after that.
+    came_of = await withstands(tmp_path, 40, 60)
     assert came_of["half-open sockets"]["connections"] >= HALF_OPEN
     assert came_of["ids"]["messages"] >= IDS
     assert came_of["tiny messages"]["messages"] >= 1_000_000
