@@ -6,9 +6,10 @@ import { grow, MessageView, sends } from "./messages.js";
 import { Session } from "./session.js";
 import { openSettings, wireTheme } from "./settings.js";
 import { listConversations, wireSidebar } from "./sidebar.js";
+import { isForgetful, tabStorage } from "./storage.js";
 import { Turn, unfinished } from "./turn.js";
 
-const SHOWN = "wsserver.shown"; // in sessionStorage: the conversation that this tab shows
+const SHOWN = "wsserver.shown"; // in the tab: the conversation that this tab shows
 const NEAR_END = 48;
 
 const [scroller, log, welcome, composer, question, send, stop, toEnd] = [
@@ -35,7 +36,7 @@ function show(conversation) {
   unshow.abort();
   unshow = new AbortController();
   shown = conversation;
-  sessionStorage.setItem(SHOWN, shown.id);
+  tabStorage.setItem(SHOWN, shown.id);
   views = [];
   log.replaceChildren();
   for (const message of shown.messages) addView(message);
@@ -215,7 +216,8 @@ session.addEventListener("state", update);
 
 wireTheme();
 wireBar(session, tell);
-shown = kept.conversation(sessionStorage.getItem(SHOWN)) ?? shown;
+if (isForgetful) tell(new Error("This browser lets the page keep nothing; its conversations are gone when it is closed."));
+shown = kept.conversation(tabStorage.getItem(SHOWN)) ?? shown;
 takeUp();
 show(shown);
 session.start();

@@ -1,4 +1,6 @@
-/** The conversations, each under a key of its own in localStorage, so that two tabs do not overwrite each other's. */
+/** The conversations, each under a key of its own in the browser, so that two tabs do not overwrite each other's. */
+
+import { browserStorage } from "./storage.js";
 
 const PREFIX = "wsserver.conversation.";
 const TITLE_LENGTH = 60;
@@ -12,25 +14,25 @@ export const newConversation = (settings = {}) => ({
 
 /** All that are kept, the one that changed last first. */
 export function conversations() {
-  const keys = Object.keys(localStorage).filter((key) => key.startsWith(PREFIX));
-  const all = keys.map((key) => read(localStorage.getItem(key))).filter((conversation) => conversation !== null);
+  const keys = Array.from(browserStorage, (_, index) => browserStorage.key(index)).filter((key) => key.startsWith(PREFIX));
+  const all = keys.map((key) => read(browserStorage.getItem(key))).filter((conversation) => conversation !== null);
   return all.sort((one, other) => other.changed - one.changed);
 }
 
 /** Give one as it is kept, null if it is not. */
-export const conversation = (id) => read(localStorage.getItem(PREFIX + id));
+export const conversation = (id) => read(browserStorage.getItem(PREFIX + id));
 
 /** Keep one; false if the browser has no room left. */
 export function keep(conversation) {
   try {
-    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
+    browserStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     return true;
   } catch {
     return false;
   }
 }
 
-export const remove = (id) => localStorage.removeItem(PREFIX + id);
+export const remove = (id) => browserStorage.removeItem(PREFIX + id);
 
 /** Tell when another tab has changed one; `id` is whose. */
 export function onChangeElsewhere(listener) {

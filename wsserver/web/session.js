@@ -1,6 +1,7 @@
 /** The page's one connection: made when the page opens, made again with a key when the server asks for one. */
 
 import { connect } from "./client.js";
+import { browserStorage } from "./storage.js";
 
 const KEY = "wsserver.key";
 const MODEL = "wsserver.model";
@@ -31,11 +32,11 @@ export class Session extends EventTarget {
   }
 
   get hasKey() {
-    return localStorage.getItem(KEY) !== null;
+    return browserStorage.getItem(KEY) !== null;
   }
 
   forgetKey() {
-    localStorage.removeItem(KEY);
+    browserStorage.removeItem(KEY);
   }
 
   /** Connect, and see what the server has; what is lost later comes back by itself. */
@@ -44,7 +45,7 @@ export class Session extends EventTarget {
     this.#starting = true;
     this.#enter("connecting");
     try {
-      const token = localStorage.getItem(KEY) ?? undefined;
+      const token = browserStorage.getItem(KEY) ?? undefined;
       this.chat = await connect(this.#url, { token, onState: (state, detail) => this.#changed(state, detail) });
       this.dispatchEvent(new Event("state")); // it was open before there was something to ask
       await Promise.all([this.#chooseAsBefore(), this.#meet()]);
@@ -57,13 +58,13 @@ export class Session extends EventTarget {
 
   /** Use the model of an earlier visit, or the server's own where that is gone or fails. */
   async #chooseAsBefore() {
-    const id = localStorage.getItem(MODEL);
+    const id = browserStorage.getItem(MODEL);
     if (!id) return this.choose();
     try {
       await this.choose(id);
     } catch (error) {
       if (error.code === "unauthenticated") throw error;
-      if (error.code === "model_not_found") localStorage.removeItem(MODEL);
+      if (error.code === "model_not_found") browserStorage.removeItem(MODEL);
       else this.#tell("problem", error);
       await this.choose();
     }
@@ -95,7 +96,7 @@ export class Session extends EventTarget {
       const ready = await this.chat.init(id ? { model: id } : {}, { onFrame });
       this.model = ready.model;
       this.limits = ready.limits;
-      if (id) localStorage.setItem(MODEL, id);
+      if (id) browserStorage.setItem(MODEL, id);
       await this.refresh();
     } finally {
       this.#tell("loading", null);
@@ -113,7 +114,7 @@ export class Session extends EventTarget {
       this.#starting = true;
       this.chat?.close();
       this.#enter("closed", { error: new Error("A key is needed") });
-      localStorage.setItem(KEY, await this.#askForKey(this.hasKey ? WRONG_KEY : ""));
+      browserStorage.setItem(KEY, await this.#askForKey(this.hasKey ? WRONG_KEY : ""));
       await this.start();
     } else if (error.code === "unreachable") {
       this.#enter("connecting", { reason: error.message, retryInMs: RETRY_MS });

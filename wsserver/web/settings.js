@@ -1,5 +1,7 @@
 /** The drawer: a conversation's system prompt and sampling, and what belongs to the browser. */
 
+import { browserStorage } from "./storage.js";
+
 const THEME = "wsserver.theme";
 const form = document.querySelector("#settings form");
 const dialog = document.querySelector("#settings");
@@ -24,10 +26,10 @@ export function openSettings(settings, { hasKey, forgetKey, changed }) {
 export function wireTheme() {
   const select = document.querySelector("#theme");
   const use = (theme) => (document.documentElement.style.colorScheme = theme);
-  select.value = localStorage.getItem(THEME) ?? "light dark";
+  select.value = browserStorage.getItem(THEME) ?? "light dark";
   use(select.value);
   select.addEventListener("change", () => {
-    localStorage.setItem(THEME, select.value);
+    browserStorage.setItem(THEME, select.value);
     use(select.value);
   });
 }

@@ -1,8 +1,9 @@
 /** One answer on its way into a conversation: asks, collects what comes, and keeps it. Knows no elements. */
 
 import { keep } from "./conversations.js";
+import { tabStorage } from "./storage.js";
 
-const RUNNING = "wsserver.running"; // in sessionStorage: another tab does not take up this one's answers
+const RUNNING = "wsserver.running"; // in the tab: another tab does not take up this one's answers
 const KEEP_EVERY_MS = 1000;
 
 /**
@@ -96,7 +97,7 @@ export class Turn extends EventTarget {
 }
 
 /** What this tab, before it was loaded anew, was in the middle of: by the conversation's id. */
-export const unfinished = () => JSON.parse(sessionStorage.getItem(RUNNING) ?? "{}");
+export const unfinished = () => JSON.parse(tabStorage.getItem(RUNNING) ?? "{}");
 
 const WAITS = {
   queued: ({ position }) => `Waiting in line, place ${position}`,
@@ -105,12 +106,12 @@ const WAITS = {
 };
 
 function remember(id, begun) {
-  sessionStorage.setItem(RUNNING, JSON.stringify({ ...unfinished(), [id]: begun }));
+  tabStorage.setItem(RUNNING, JSON.stringify({ ...unfinished(), [id]: begun }));
 }
 
 function forget(id) {
   const { [id]: _, ...others } = unfinished();
-  sessionStorage.setItem(RUNNING, JSON.stringify(others));
+  tabStorage.setItem(RUNNING, JSON.stringify(others));
 }
 
 function tooLong(request, limits) {
