@@ -45,13 +45,14 @@ def spawn(peer: Peer, serve: Callable[[Job], Awaitable[None]], **fields: bool) -
 
 
 async def test_who_leaves_takes_no_turn_for_all_its_jobs() -> None:
-    turns, turn = Counter[int](), 0
+    turns, turn, ended = Counter[int](), 0, []
 
-    async def serve(_: Job) -> None:
+    async def serve(job: Job) -> None:
         try:
             await asyncio.Event().wait()
         finally:
             turns[turn] += 1
+            ended.append(int(job.id))
 
     peer = client(Resumables())
     spawn(peer, serve)
@@ -63,6 +64,7 @@ async def test_who_leaves_takes_no_turn_for_all_its_jobs() -> None:
         await asyncio.sleep(0)
     assert turns.total() == MANY
     assert max(turns.values()) == 1
+    assert ended == sorted(ended, reverse=True), "one that waits in line would take the place of one that ended"
 
 
 async def test_what_begins_after_its_client_left_is_not_kept_for_it() -> None:

@@ -188,7 +188,10 @@ class Peer:
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancel one task a turn: all of a client's at once would take a turn in which nobody else's token is sent."""
-    for task in tasks:
+    """Cancel one task a turn: all of a client's at once would take a turn in which nobody else's token is sent.
+
+    The newest first, so that none that waits in line takes the place of one that has just ended.
+    """
+    for task in reversed(tasks):
         task.cancel()
         await asyncio.sleep(0)
