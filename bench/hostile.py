@@ -10,7 +10,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
 
 from websockets.frames import Frame, Opcode
@@ -32,12 +32,12 @@ class Attacker:
     def __init__(self, server: str, address: str, counts: Counter[str]) -> None:
         self.server = server
         self.counts = counts
-        self._address = address
+        self.address = address
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection, and say nothing."""
         host, _, port = self.server.partition(":")
-        found = await asyncio.open_connection(host, int(port), local_addr=(self._address, 0))
+        found = await asyncio.open_connection(host, int(port), local_addr=(self.address, 0))
         self.counts["connections"] += 1
         return found
 
@@ -152,7 +152,8 @@ async def ids(attacker: Attacker) -> None:
 
 
 # What each one does, and from how many addresses by how many connections at once.
-ATTACKS: dict[str, tuple[Attempt, int, int]] = {
+Attacks = Mapping[str, tuple[Attempt, int, int]]
+ATTACKS: Attacks = {
     "slow handshakes": (slow_handshake, 1, PER_ADDRESS // 2),
     "half-open sockets": (half_open, HALF_OPEN // PER_ADDRESS, PER_ADDRESS),
     "knocks": (knock, 1, 1),
@@ -164,12 +165,11 @@ ATTACKS: dict[str, tuple[Attempt, int, int]] = {
 }
 
 
-async def attack(server: str, seconds: float, names: list[str]) -> dict[str, Counter[str]]:
-    """Let some of the attacks go on for a time, in which each has begun; give what came of each."""
-    found: dict[str, Counter[str]] = {name: Counter() for name in names}
+async def attack(server: str, seconds: float, attacks: Attacks) -> dict[str, Counter[str]]:
+    """Let attacks go on for a time, in which each has begun; give what came of each."""
+    found: dict[str, Counter[str]] = {name: Counter() for name in attacks}
     addresses, tasks = count(2), []
-    for name in names:
-        attempt, many, at_once = ATTACKS[name]
+    for name, (attempt, many, at_once) in attacks.items():
         for _ in range(many):
             attacker = Attacker(server, f"127.0.1.{next(addresses)}", found[name])
             tasks += [asyncio.create_task(attacker.repeat(attempt)) for _ in range(at_once)]
@@ -184,13 +184,14 @@ async def attack(server: str, seconds: float, names: list[str]) -> dict[str, Cou
     return found
 
 
-def main(server: str, seconds: str, *names: str) -> None:
-    """Run the command line."""
+def main(server: str, seconds: str, *names: str, known: Attacks = ATTACKS) -> None:
+    """Run the command line: some of the `known` attacks, or all of them."""
     if not may_open(HALF_OPEN):
         sys.exit(f"not allowed to open {HALF_OPEN} files")
     os.nice(19)  # it stands for other machines, which take none of this one's time
     print("attacking", flush=True)
-    print(json.dumps(asyncio.run(attack(server, float(seconds), list(names) or list(ATTACKS)))), flush=True)
+    attacks = {name: known[name] for name in names or known}
+    print(json.dumps(asyncio.run(attack(server, float(seconds), attacks))), flush=True)
 
 
 if __name__ == "__main__":
