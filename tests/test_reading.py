@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +15,15 @@ class Speaker:
     """Somebody of whom pieces were read."""
 
     def __init__(
-        self, name: str, pieces: list[int], parsed: list[str], on_parse: Callable[[int], None] | None = None
+        self,
+        name: str,
+        pieces: list[int],
+        parsed: list[str],
+        on_parse: Callable[[int], None] | None = None,
+        address: Hashable = None,
     ) -> None:
         self.pieces = pieces
+        self.address = address or self
         self._name = name
         self._parsed = parsed
         self._on_parse = on_parse
@@ -94,6 +100,18 @@ async def test_those_who_go_on_take_turns() -> None:
     for end in range(len(parsed) - 4):
         counts = Counter("0123") + Counter(parsed[:end])
         assert max(counts.values()) - min(counts.values()) <= 4
+
+
+async def test_turns_are_fair_between_clients_not_connections() -> None:
+    parsed: list[str] = []
+    reading = Reading()
+    reading.join(first := Speaker("first", [FRAMES_PER_TURN], parsed))  # so that the others wait
+    many = [Speaker("one of many", [1], parsed, address="many") for _ in range(50)]
+    for one in many:
+        reading.join(one)
+    reading.join(alone := Speaker("alone", [1], parsed, address="alone"))
+    await finish(first, *many, alone)
+    assert parsed.index("alone") <= 2
 
 
 @settings(deadline=None, max_examples=50)  # it rests between two turns

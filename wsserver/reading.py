@@ -1,10 +1,12 @@
 """Whose bytes are parsed next: a few frames of all that was read, then everything else has its turn. Knows no sockets.
 
-One read may give many thousand frames, and many connections may be read at once.
+One read may give many thousand frames, and many connections may be read at once. Turns are fair between
+clients, not between connections: a client with fifty of them gets no more than one with a single one.
 """
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Hashable
 from typing import Protocol
 
 # Frames of all connections together that are parsed in a turn, and for how many a piece counts in which none ends.
@@ -16,6 +18,9 @@ REST = 0.001  # seconds between two turns while somebody has more
 class Speaker(Protocol):
     """A connection of which something was read."""
 
+    # Which client's it is.
+    address: Hashable
+
     def parse(self) -> int:
         """Parse a piece of it; give how many frames were in that."""
         ...
@@ -25,12 +30,35 @@ class Speaker(Protocol):
         ...
 
 
+class RoundRobin:
+    """Speakers in the order of their turns: first each client's first one, then each client's second one."""
+
+    def __init__(self) -> None:
+        # The client whose turn it is comes first. None is without a speaker.
+        self._clients: OrderedDict[Hashable, deque[Speaker]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
+    def append(self, speaker: Speaker) -> None:
+        """Add a speaker behind the others of its client."""
+        self._clients.setdefault(speaker.address, deque()).append(speaker)
+
+    def pop(self) -> Speaker:
+        """Remove and return the next speaker, and pass the turn on to the next client."""
+        client, speakers = self._clients.popitem(last=False)
+        speaker = speakers.popleft()
+        if speakers:
+            self._clients[client] = speakers
+        return speaker
+
+
 class Reading:
     """The lines of those who have something to be parsed. Who has said little need not wait for all who go on and on."""
 
     def __init__(self) -> None:
-        self._new: deque[Speaker] = deque()
-        self._others: deque[Speaker] = deque()  # who had a turn, and have more
+        self._new = RoundRobin()
+        self._others = RoundRobin()  # who had a turn, and have more
         # Which line is served before the other one: each in every second turn, so that nobody waits for ever.
         self._lines = [self._new, self._others]
         self._frames_left = float(FRAMES_PER_TURN)
@@ -45,7 +73,7 @@ class Reading:
         try:
             first, second = self._lines
             while self._frames_left > 0 and (line := first or second):
-                speaker = line.popleft()
+                speaker = line.pop()
                 self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
                 if speaker.goes_on():
                     self._others.append(speaker)
