@@ -19,6 +19,7 @@ CLIENTS = 4
 MINUTE = 60.0
 BEFORE, WHOLE = 5 * MINUTE, 20 * MINUTE
 GROWTH = 1.1
+ROUNDS = 10  # of answers at rest, after each of which memory is read
 KEEP_ALIVE = 2  # seconds, so that a model which no client uses is unloaded soon and loaded again
 OPTIONS = {
     "keep-alive": KEEP_ALIVE,
@@ -93,18 +94,19 @@ class Tenant:
 
 
 async def at_rest(server: Process) -> int:
-    """Load both models, let every other one go, and give the memory that is held then, in bytes."""
-    async with server.client() as client:
-        for model in (DEFAULT_MODEL, OTHER_MODEL):
-            await client.send(type="init", id=model, model=model)
-            await client.until("ready", id=model)
-        held = Held(server.process.pid)
-        resident = []
-        for _ in range(10):  # the model that no client uses leaves after KEEP_ALIVE seconds
-            await client.generate(prompt=PROMPTS[0], max_tokens=24)
-            resident.append(held.resident)
-            await asyncio.sleep(KEEP_ALIVE / 2)
-        return int(statistics.median(resident))
+    """Keep both models in use until every other one has left; give the memory held then, in bytes."""
+    held, resident = Held(server.process.pid), []
+    async with server.client() as one, server.client() as other:
+        used = {one: DEFAULT_MODEL, other: OTHER_MODEL}
+        for client, model in used.items():
+            await client.send(type="init", id="i", model=model)
+            await client.until("ready", id="i")
+        while len(resident) < ROUNDS:
+            for client in used:
+                await client.generate(prompt=PROMPTS[0], max_tokens=24)
+            if len((await one.settle())["models"]) == len(used):
+                resident.append(held.resident)
+    return int(statistics.median(resident))
 
 
 async def busy(tenants: list[Tenant], seconds: float) -> None:
