@@ -130,7 +130,8 @@ class ModelService:
         """What keeps this server from serving its default model, in a line; None if it can, if need be after loading it."""
         model = self._models.get(self._default_spec)
         problem = PROBLEMS[model.state] if model else self._default_missing
-        return problem and f"{self._default_spec.model} {problem}"
+        # Without its name: /readyz shows this to clients that have no key.
+        return problem and f"the default model {problem}"
 
     async def close(self) -> None:
         """End every load and every engine; a thread that does not end in time is left behind."""

@@ -253,6 +253,31 @@ async def test_nothing_waits_for_the_key_of_who_has_gone():
         assert gone._closer is None
 
 
+async def test_a_stranger_learns_no_model_whatever_it_asks_for():
+    async with scripted(loaded=False, keys=keys(), echo_path=True) as (server, model):
+        learnt = [await get(server, path) for path in ("/healthz", "/readyz", "/", "/ws", "/echo", "/nothing")]
+        model.load_gate.shut()
+        async with server.client(**bearer(KEY)) as known, server.client() as stranger:
+            await known.send(type="generate", id="g", prompt="hello")
+            await known.until("queued")
+            learnt.append(await get(server, "/readyz"))
+            words = [message for message, _ in STRANGERS_WORDS]
+            words += [
+                {"type": "generate", "prompt": "x"},
+                {"type": "generate", "model": "wsserver/echo"},
+                {"type": "models"},
+            ]
+            for message in words:
+                await stranger.socket.send(json.dumps(message))
+                learnt.append((0, json.dumps(await said(stranger))))
+            model.open()
+            await known.done("g")
+        told = "\n".join(text for _, text in learnt).replace("nobody/knows", "")
+        assert "the default model is not loaded yet" in told
+        assert "the default model is loading" in told
+        assert "wsserver/echo" not in told
+
+
 # Plain HTTP.
 
 
@@ -328,3 +353,45 @@ async def test_who_has_no_key_yet_costs_nobody_a_try():
             assert (await get(server, "/nothing"))[0] == 401
         async with server.client(**bearer(KEY)):
             pass
+
+
+class Counting(Keys):
+    """Keys that count how often one is compared."""
+
+    compared = 0
+
+    def whose(self, key: str) -> str | None:
+        self.compared += 1
+        return super().whose(key)
+
+
+async def test_a_hundred_open_connections_have_no_more_guesses_than_one():
+    counting = Counting({"alice": digest(KEY)})
+    async with running(keys=counting, max_auth_failures=10) as server, contextlib.AsyncExitStack() as stack:
+        strangers = [await stack.enter_async_context(server.client()) for _ in range(100)]
+        for number, stranger in enumerate(strangers):
+            await stranger.socket.send(json.dumps({"type": "init", "id": "i", "token": f"{WRONG}{number}"}))
+        answers = [await said(stranger) for stranger in strangers]
+        codes = [await code_of(stranger) for stranger in strangers]
+        assert counting.compared == 10
+        assert sorted(codes) == [4401] * 10 + [4429] * 90
+        refused = [answer for answer in answers if answer["code"] == "rate_limited"]
+        assert len(refused) == 90
+        assert all(0 < answer["retry_after_ms"] <= 60_000 and answer["id"] == "i" for answer in refused)
+
+
+async def test_a_guess_is_refused_before_it_is_compared_in_every_way_it_can_be_shown():
+    counting = Counting({"alice": digest(KEY)})
+    async with running(keys=counting, max_auth_failures=3) as server, server.client() as early:
+        for options in (bearer(WRONG), offering(f"llmstream.bearer.{WRONG}"), bearer(WRONG)):
+            with pytest.raises(InvalidStatus, match="401"):
+                await connect(server.url, **options)
+        for options in (bearer(KEY), offering(f"llmstream.bearer.{KEY}")):
+            with pytest.raises(InvalidStatus, match="429"):
+                await connect(server.url, **options)
+        assert (await get(server, "/", f"Authorization: Bearer {KEY}\r\n"))[0] == 429
+        # The right key too: that it is the right one is what a guess would find out.
+        await early.send(type="init", id="i", token=KEY)
+        assert (await said(early))["code"] == "rate_limited"
+        assert await code_of(early) == 4429
+        assert counting.compared == 3

@@ -116,7 +116,7 @@ async def test_a_model_whose_engine_died_is_loaded_anew_by_itself_after_a_second
         assert (its.entry()["state"], its.service.problem) == ("ready", None)
         assert "restarts" not in its.entry()
         await (its.hang() if hang else its.die())
-        assert (its.entry()["state"], its.service.problem) == ("restarting", f"{ECHO} is restarting")
+        assert (its.entry()["state"], its.service.problem) == ("restarting", "the default model is restarting")
         await its.backing_off(1)
         assert (its.model.loads, "stage" in its.entry(), its.entry()["state"]) == (1, False, "restarting")
         its.model.load_gate.shut()
@@ -124,7 +124,7 @@ async def test_a_model_whose_engine_died_is_loaded_anew_by_itself_after_a_second
         its.model.load_gate.let()
         await its.model.in_load_stage(5)
         await eventually(lambda: its.entry().get("stage") == "weights")
-        assert (its.entry()["state"], its.service.problem) == ("restarting", f"{ECHO} is restarting")
+        assert (its.entry()["state"], its.service.problem) == ("restarting", "the default model is restarting")
         its.model.open()
         await its.loaded(2)
         assert (its.entry()["restarts"], its.entry()["steps"], its.service.problem) == (1, 0, None)
@@ -153,7 +153,7 @@ async def test_after_a_second_death_it_waits_for_the_next_who_asks_and_each_time
         await its.loaded(2)
         for loads, seconds in enumerate([2, 4, 8, 16, 32, 60, 60], 3):
             await its.die()
-            assert its.service.problem == f"{ECHO} failed; the next request loads it anew"
+            assert its.service.problem == "the default model failed; the next request loads it anew"
             await its.turns()
             assert (its.entry()["state"], its.clock.ahead, its.entry()["memory_bytes"]) == ("failed", [], 0)
             told: list[int] = []
@@ -221,7 +221,7 @@ async def test_a_load_anew_that_fails_is_told_and_forgotten_like_any_other():
         with pytest.raises(Refused) as refused:
             await waiting
         assert refused.value.reason == "load_failed"
-        assert (its.service.status(), its.service.problem) == ([], f"{ECHO} failed to load")
+        assert (its.service.status(), its.service.problem) == ([], "the default model failed to load")
         assert (await its.generate()).reason == "stop"
         assert (its.service.problem, its.entry()["restarts"]) == (None, 1)
 
@@ -285,7 +285,7 @@ async def test_a_hung_thread_holds_its_memory_until_it_ends():
         put(its.service, OTHER).open()
         await its.hang()
         await eventually(lambda: its.entry()["state"] == "failed")
-        assert its.service.problem == f"{ECHO} failed; the next request loads it anew"
+        assert its.service.problem == "the default model failed; the next request loads it anew"
         assert its.entry()["memory_bytes"] == BYTES
         for name in (ECHO, OTHER):
             with pytest.raises(Refused, match=f"while these are in use: {ECHO};") as refused:
@@ -334,11 +334,11 @@ async def test_nobody_waits_for_room_from_a_model_that_hangs_while_it_leaves():
 
 async def test_what_keeps_a_server_from_its_default_model_is_told_from_the_start_to_the_end():
     async with home(loaded=False) as its:
-        assert its.service.problem == f"{ECHO} is not loaded yet"
+        assert its.service.problem == "the default model is not loaded yet"
         its.model.load_gate.shut()
         task = asyncio.create_task(its.load())
         await its.model.in_load_stage(1)
-        assert its.service.problem == f"{ECHO} is loading"
+        assert its.service.problem == "the default model is loading"
         its.model.load_gate.open()
         await task
         assert its.service.problem is None
@@ -361,7 +361,7 @@ async def test_a_default_model_that_cannot_be_loaded_is_a_problem_until_it_can()
         its.model.load_errors.append(OSError("disk"))
         with pytest.raises(Refused):
             await its.load()
-        assert its.service.problem == f"{ECHO} failed to load"
+        assert its.service.problem == "the default model failed to load"
         await its.load()
         assert its.service.problem is None
 
@@ -371,7 +371,7 @@ async def test_the_default_model_is_known_by_what_its_words_came_to():
         its.model.settles = {"auto": "bfloat16"}
         await its.load()
         await its.die()
-        assert its.service.problem == f"{ECHO} is restarting"
+        assert its.service.problem == "the default model is restarting"
 
 
 # The end.

@@ -4,6 +4,9 @@ import asyncio
 import os
 import re
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -240,6 +243,74 @@ async def test_the_command_is_there_and_two_at_once_lose_nothing(tmp_path: Path)
 
     alice, bob = await asyncio.gather(add("alice"), add("bob"))
     assert keys_file.read(path) == {"alice": digest(alice), "bob": digest(bob)}
+
+
+# The disk is full: writes stop at a size, as `ulimit -f` sets it.
+FULL = """
+import resource, signal, sys
+from wsserver import key_command
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+key_command.run(sys.argv[2:], {})
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "room"), [(["add", "bob"], -100), (["add", "bob"], 0), (["add", "bob"], 20), (["remove", "alice"], -100)]
+)
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, action: list[str], room: int):
+    path = tmp_path / "keys"
+    keys_file.add(path, "alice")
+    keys_file.add(path, "carol")
+    before = path.read_bytes()
+    asked = [*action, "--api-keys-file", str(path)]
+    limit = str(len(before) + room)
+    ended = subprocess.run([sys.executable, "-c", FULL, limit, *asked], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"wsserver key: --api-keys-file: [^\n]+: File too large\n", ended.stderr)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "nothing half is left either"
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_the_place_of_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, steps = tmp_path / "keys", []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(number: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def note_replace(old: str, new: Path) -> None:
+        steps.append("replace")
+        replace(old, new)
+
+    monkeypatch.setattr("wsserver.keys_file.os.fsync", note_fsync)
+    monkeypatch.setattr("wsserver.keys_file.os.replace", note_replace)
+    keys_file.add(path, "alice")
+    assert steps == ["file", "replace", "folder"]
+
+
+def test_a_key_that_is_added_leaves_the_owner_and_the_mode(tmp_path: Path):
+    path = tmp_path / "keys"
+    keys_file.add(path, "alice")
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 12, 34)
+    before = path.stat()
+    keys_file.add(path, "bob")
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_many_commands_at_once_lose_nothing(tmp_path: Path):
+    path = tmp_path / "keys"
+    keys_file.add(path, "first")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: keys_file.add(path, f"n{number}"), range(32)))
+        list(pool.map(lambda number: keys_file.remove(path, f"n{number}"), range(0, 32, 2)))
+    assert keys_file.read(path).keys() == {"first", *(f"n{number}" for number in range(1, 32, 2))}
 
 
 # Wrong keys.

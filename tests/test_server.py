@@ -90,11 +90,11 @@ async def test_readiness_follows_the_default_model_and_a_drain() -> None:
     async with scripted(loaded=False, drain_timeout=60.0) as (server, model), server.client() as client:
         model.load_gate.shut()
         status, answer = await get(server, "/readyz")
-        assert (status, "wsserver/echo is not loaded yet" in answer) == (503, True)
+        assert (status, "the default model is not loaded yet" in answer) == (503, True)
         await client.send(type="generate", id="g", prompt="hello")
         await client.until("queued")
         status, answer = await get(server, "/readyz")
-        assert (status, "wsserver/echo is loading" in answer) == (503, True)
+        assert (status, "the default model is loading" in answer) == (503, True)
         model.load_gate.open()
         await client.until("started")
         assert (await get(server, "/readyz"))[0] == 200

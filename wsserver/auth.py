@@ -32,6 +32,14 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="replace")).digest()
 
 
+class TooManyGuesses(Exception):
+    """So many wrong keys came from one place that no key from there is compared for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
 class Keys:
     """The keys that are let in, by their owners' names. A server that had one at the start asks for one for ever."""
 

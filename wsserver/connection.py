@@ -16,7 +16,7 @@ from wsserver.outbox import Outbox, OutboxFull
 from wsserver.peer import Dispatch, Peer, Whose
 from wsserver.protocol import CloseCode, Done, Goaway, ServerMessage
 from wsserver.resumables import Resumables
-from wsserver.session import Session, TooManyBadMessages, TooManyMessages, WrongKey
+from wsserver.session import Session, TooManyBadMessages, TooManyMessages, TooManyWrongKeys, WrongKey
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ class Connection:
     def _receive(self, text: str) -> None:
         try:
             self.peer.hear(text, self._dispatch, self._whose)
+        except TooManyWrongKeys:
+            self.close(CloseCode.RATE_LIMITED, "too many wrong keys came from this address")
         except WrongKey:
             self.close(CloseCode.NOT_AUTHENTICATED, "the key is wrong")
         except TooManyBadMessages:

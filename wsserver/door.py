@@ -8,7 +8,7 @@ from collections.abc import Callable
 from websockets.datastructures import Headers
 from websockets.exceptions import InvalidHeader
 
-from wsserver.auth import Failures, Keys, shown
+from wsserver.auth import Failures, Keys, TooManyGuesses, shown
 from wsserver.config import BadSetting, Config
 from wsserver.origin import DEFAULT_PORTS, host_is_known, is_loopback, origin_may_connect
 
@@ -75,10 +75,17 @@ class Door:
         return self._name(headers, address, keyless) if self._keys.required else None
 
     def whose(self, address: str, key: str) -> str | None:
-        """Give the name of a key that came from an address; None if it is wrong, which is counted."""
+        """Return the name of a key that came from an address; None if it is wrong, which is counted.
+
+        Raises:
+            TooManyGuesses: the address has used up its wrong keys; this one was not compared.
+        """
+        now = self._clock()
+        if seconds := self._failures.wait(address, now):
+            raise TooManyGuesses(seconds)
         name = self._keys.whose(key)
         if name is None:
-            self._failures.add(address, self._clock())
+            self._failures.add(address, now)
             log.warning("%s: a wrong key", address)
         return name
 

@@ -2,11 +2,18 @@
 
 import os
 import re
+import stat
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wsserver.auth import digest, new_key
 from wsserver.config import BadSetting
+
+if sys.platform != "win32":
+    import fcntl
 
 FIRST_LINE = '# Keys of wsserver: a name and the SHA-256 of its key on each line, made by "wsserver key add NAME".\n'
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -69,24 +76,20 @@ def line(name: str, hashed: bytes) -> str:
 
 
 def add(path: Path, name: str) -> str:
-    """Make a key, write its hash into the file, and give it: nobody can find it out again.
+    """Make a key, write its hash into the file, and return it: it cannot be found out again.
 
     Raises:
         BadSetting: the name cannot be, or is taken, or the file cannot be used.
     """
     if not NAME.fullmatch(name) or name == DEFAULT:
         raise BadSetting(f"{name!a} cannot be a key's name; use up to 64 letters, digits, '.', '_' and '-', not {DEFAULT!r}")
-    text = _text(path) if path.exists() else ""
-    if name in parse(text, path):
-        raise BadSetting(f"{name} has a key in {path} already; remove that one first, or choose another name")
     key = new_key()
-    before = FIRST_LINE if not text else "" if text.endswith("\n") else "\n"
-    try:
-        # In one write, so that two at once lose nothing. Whoever can write into the file can let himself in.
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
-            file.write(before + line(name, digest(key)))
-    except OSError as error:
-        raise _unusable(path, error) from None
+    with _changing(path) as file:
+        text = _text(file) if file.exists() else FIRST_LINE
+        if name in parse(text, path):
+            raise BadSetting(f"{name} has a key in {path} already; remove that one first, or choose another name")
+        between = "" if text.endswith("\n") or not text else "\n"
+        _rewrite(file, text + between + line(name, digest(key)))
     return key
 
 
@@ -96,27 +99,59 @@ def remove(path: Path, name: str) -> None:
     Raises:
         BadSetting: it is not there, or the file cannot be used.
     """
-    text = _text(path)
-    if name not in parse(text, path):
-        raise BadSetting(f"{name!a} has no key in {path}")
-    kept = [line for line in text.split("\n") if line.split()[:1] != [name]]
+    with _changing(path) as file:
+        text = _text(file)
+        if name not in parse(text, path):
+            raise BadSetting(f"{name!a} has no key in {path}")
+        kept = [line for line in text.split("\n") if line.split()[:1] != [name]]
+        _rewrite(file, "\n".join(kept))
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[Path]:
+    """Give the file that a path means, links followed; two commands that change it take turns.
+
+    Raises:
+        BadSetting: the file cannot be used.
+    """
+    file = Path(os.path.realpath(path))
     try:
-        _rewrite(path.resolve(), "\n".join(kept))
+        with _locked(file.parent):
+            yield file
     except OSError as error:
         raise _unusable(path, error) from None
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, and write what changed in it to the disk. A file in it would be another one after each change."""
+    if sys.platform == "win32":  # opens no folders
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+        os.fsync(number)  # or a power cut could bring the old file back
+    finally:
+        os.close(number)
+
+
 def _rewrite(path: Path, text: str) -> None:
     """Put another file in the place of one, whole or not at all, with the same owner and mode."""
-    about = path.stat()
+    about = path.stat() if path.exists() else None
+    # mkstemp lets only its owner read and write: a writer could let himself in.
     number, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
-        with os.fdopen(number, "w") as file:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
             file.write(text)
-            os.fchmod(number, about.st_mode)
-            os.fchown(number, about.st_uid, about.st_gid)
+            if about and sys.platform != "win32":
+                os.fchmod(number, stat.S_IMODE(about.st_mode))
+                os.fchown(number, about.st_uid, about.st_gid)
+            file.flush()
+            os.fsync(number)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         os.unlink(temporary)
         raise
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from wsserver.auth import TooManyGuesses
 from wsserver.config import Config
 from wsserver.limits import Account, Accounts, Owner, TokenBucket, address_of, bucket, weight
 from wsserver.protocol import (
@@ -71,6 +72,7 @@ OPENING = {Init: Phase.LOADING, Generate: Phase.ACCEPTED, Resume: Phase.RESUMING
 
 KEY_FIRST = "this server asks for a key; send init with a token, or show the key when you connect"
 WRONG_KEY = "$.token: this key is wrong; ask the operator for one"
+TOO_MANY_GUESSES = "$.token: too many wrong keys came from this address; try again in a minute"
 TOO_FAST = "this connection, or all of this client's, have sent too many messages in too short a time; send fewer"
 TOO_MANY_TOKENS = "this client has had too many tokens in the last minute, those of its prompts included"
 SHUTTING_DOWN = "this server is stopping; connect again in a moment"
@@ -88,6 +90,10 @@ class TooManyBadMessages(Exception):
 
 class WrongKey(Refusal):
     """The client has shown a wrong key; after the answer its connection is to be closed with 4401."""
+
+
+class TooManyWrongKeys(WrongKey):
+    """Too many wrong keys came from the client's address; after the answer its connection is to be closed with 4429."""
 
 
 class TooManyMessages(Exception):
@@ -156,13 +162,17 @@ class Session:
         Raises:
             Refusal: `unauthenticated`, and then nothing about the message is looked at.
             WrongKey: the same, where there was a key.
+            TooManyWrongKeys: `rate_limited`, where the key was not even compared.
         """
         if self.authenticated:
             return
         id: str | None = getattr(message, "id", None)
         if not isinstance(message, Init) or message.token is None:
             raise Refusal("unauthenticated", KEY_FIRST, id, isinstance(message, Generate))
-        self.key = whose(message.token)
+        try:
+            self.key = whose(message.token)
+        except TooManyGuesses as guesses:
+            raise TooManyWrongKeys("rate_limited", TOO_MANY_GUESSES, id, retry_after=guesses.seconds) from None
         if self.key is None:
             raise WrongKey("unauthenticated", WRONG_KEY, id)
 

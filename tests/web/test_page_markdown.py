@@ -12,7 +12,8 @@ pytestmark = [NEEDS_CHROMIUM, pytest.mark.asyncio(loop_scope="module")]
 
 CUTS = r"""
 async ([source, cuts]) => {
-  const { Markdown, blocks, parsed } = await import("/markdown.js");
+  const { Markdown, blocks } = await import("/markdown.js");
+  const { parsed } = await import("/bounded_lexer.js");
   window.requestAnimationFrame = (show) => setTimeout(() => show(performance.now())); // no screen is waited for
   const [grown, whole] = [document.createElement("div"), document.createElement("div")];
   const markdown = new Markdown(grown);

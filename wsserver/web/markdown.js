@@ -3,10 +3,9 @@
  * markup here, every element is made by its name from the lists below, and a link leads to the web or is none.
  */
 
-import { lexer } from "./vendor/marked/marked.js";
+import { parsed } from "./bounded_lexer.js";
 import { copyButton } from "./clipboard.js";
 
-const OPTIONS = { gfm: true, breaks: true };
 const SAFE = new Set(["http:", "https:", "mailto:"]);
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0" };
 const DEEPEST = 40;
@@ -141,15 +140,6 @@ class Fence {
   #add(text) {
     this.#text.appendData(this.#before + text);
     this.#before = "";
-  }
-}
-
-/** Give the block tokens of a text; what is nested so deeply that it cannot be read is shown as it was written. */
-export function parsed(source) {
-  try {
-    return lexer(source, OPTIONS);
-  } catch {
-    return [{ type: "paragraph", raw: source, tokens: [{ type: "escape", raw: source, text: source }] }];
   }
 }
 
