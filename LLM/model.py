@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
+from LLM.blocking import BlockingCalls
 from LLM.engine.clock import Clock
 from LLM.engine.request import GenerationRequest
 from LLM.engine.step import Runner
@@ -70,6 +71,7 @@ class Model:
         on_change: "Callable[[Model], None]",
         restarts: Restarts,
         clock: Clock,
+        texts: BlockingCalls,
         after: "Collection[asyncio.Task[None]]" = (),
     ) -> None:
         self.spec = spec
@@ -82,6 +84,7 @@ class Model:
         self._handler = handler
         self._planned_bytes = planned_bytes
         self._after = after
+        self._texts = texts
         self._folder = folder
         self._loaded: LoadedModel | None = None
         self._description = _describe(spec)
