@@ -32,7 +32,7 @@ class LoadOptions:
     "auto" is the precision that runs best there, and a GPU if there is one. `quantization` is "none", "int8", "nf4", "fp4".
     What the GPUs have no room for may `offload` to the CPU's memory. `kv_memory` is in bytes, `threads` those of a CPU; None
     leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, "graph" for a GPU and as many `sequences` at
-    once, or "auto", the latter where it fits.
+    once, or "auto", the latter where it fits. A chat template may take `template_timeout` seconds for a conversation.
     """
 
     dtype: str = "auto"
@@ -43,6 +43,7 @@ class LoadOptions:
     threads: int | None = None
     decode: str = "auto"
     sequences: int = 8
+    template_timeout: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,7 @@ def load_options(config: Config) -> LoadOptions:
         threads=config.threads,
         decode=config.decode,
         sequences=config.max_active,
+        template_timeout=config.template_timeout,
     )
 
 
