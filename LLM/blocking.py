@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PATIENCE = 1.0  # seconds that a close waits for calls
+
 
 class _Call(Generic[T]):
     """One piece of work, and what came of it."""
@@ -65,6 +67,7 @@ class BlockingCalls:
         self._clock = clock
         self._started = 0
         self._waiting = 0
+        self._emptied: asyncio.Future[None] | None = None
         # The owner whose turn it is comes first; each has a call that waits.
         self._owners: OrderedDict[Hashable, deque[_Call[Any]]] = OrderedDict()
         self._running: dict[Hashable, _Call[Any]] = {}
@@ -100,10 +103,15 @@ class BlockingCalls:
         hangs = any(now - (call.began or now) > self._patience for call in self._running.values())
         return f"{self._what} hangs" if hangs else None
 
-    def close(self) -> None:
-        """End the threads, each after the call it is in."""
+    async def close(self, patience: float = PATIENCE) -> None:
+        """End the threads, each after the call it is in; one that takes longer than `patience` seconds is left behind."""
         for _ in range(self._started):
             self._todo.put(None)
+        if self._running:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._emptied], timeout=patience)
+            if self.busy:
+                log.critical("%s has not ended; leaving its thread behind", self._what)
 
     def _begin(self) -> None:
         while len(self._running) < self._threads:
@@ -122,8 +130,8 @@ class BlockingCalls:
             self._todo.put(call)
 
     def _take_out(self, call: _Call[Any]) -> None:
-        theirs = self._owners.get(call.owner, ())
-        if call in theirs:
+        theirs = self._owners.get(call.owner)
+        if theirs and call in theirs:
             theirs.remove(call)
             self._waiting -= 1
             if not theirs:
@@ -140,6 +148,8 @@ class BlockingCalls:
         del self._running[call.owner]
         call.tell()
         self._begin()
+        if self._emptied and not self._running and not self._emptied.done():
+            self._emptied.set_result(None)
 
     def _work(self) -> None:
         while call := self._todo.get():

@@ -67,9 +67,10 @@ class ModelService:
         self._restarting: set[asyncio.Task[None]] = set()
         self._clock = clock
         self._turns = Turns()
-        bounds = settings.max_queue, settings.step_timeout, clock
-        self._folders = BlockingCalls("reading a model's folder", 4, *bounds)
-        self._texts = BlockingCalls("reading a prompt", 2, *bounds)
+        patience = settings.step_timeout
+        self._folders = BlockingCalls("reading a model's folder", 4, settings.max_queue, patience, clock)
+        # Those in an engine's line have come through here; as many more may be on their way to it.
+        self._texts = BlockingCalls("reading a prompt", 2, 2 * settings.max_queue, patience, clock)
         self._default = default
         self._default_spec = self._default_asked = self.resolve()
         self._default_missing: str | None = "is not loaded yet"
@@ -148,8 +149,7 @@ class ModelService:
         for model in list(self._models.values()):
             self._unload(model)
         await self._leaving.over(PATIENCE)
-        self._folders.close()
-        self._texts.close()
+        await asyncio.gather(self._folders.close(), self._texts.close())
         left = self._folders.busy or self._texts.busy
         self.stuck = left or bool(self._leaving) or any(model.engine.has_thread for model in models)
 

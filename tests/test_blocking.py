@@ -63,7 +63,7 @@ async def test_owners_take_turns_and_none_has_two_threads(work: Work):
     work.open()
     assert await asyncio.gather(*tasks) == ["a0", "a1", "a2", "b0", "b1", "c0"]
     assert not calls.busy
-    calls.close()
+    await calls.close()
 
 
 async def test_a_cancelled_call_that_has_not_begun_never_begins(work: Work):
@@ -76,7 +76,7 @@ async def test_a_cancelled_call_that_has_not_begun_never_begins(work: Work):
     work.open()
     assert await asyncio.gather(first, third) == ["first", "third"]
     assert work.began == ["first", "third"]
-    calls.close()
+    await calls.close()
 
 
 async def test_where_too_many_wait_the_owner_of_the_most_is_refused(work: Work):
@@ -88,7 +88,7 @@ async def test_where_too_many_wait_the_owner_of_the_most_is_refused(work: Work):
     assert refused.value.reason == "overloaded"
     work.open()
     assert await asyncio.gather(*tasks[:3], late) == ["a0", "a1", "a2", "b0"]
-    calls.close()
+    await calls.close()
 
 
 async def test_a_call_that_hangs_is_told_and_others_go_on_beside_it(work: Work):
@@ -104,7 +104,19 @@ async def test_a_call_that_hangs_is_told_and_others_go_on_beside_it(work: Work):
     work.open()
     await eventually(lambda: not calls.busy)
     assert calls.problem is None
-    calls.close()
+    await calls.close()
+
+
+async def test_a_close_leaves_behind_what_hangs(work: Work, caplog: pytest.LogCaptureFixture):
+    calls = BlockingCalls("reading a folder", 2, 3, 60.0)
+    hung = await started(calls, work, "hung", "a")
+    await calls.close(0.01)
+    assert calls.busy
+    assert "reading a folder has not ended" in caplog.text
+    work.open()
+    await calls.close()
+    assert not calls.busy
+    assert await hung == "hung"
 
 
 async def test_what_a_call_raises_is_raised():
@@ -115,7 +127,7 @@ async def test_what_a_call_raises_is_raised():
         await calls.run(lambda: next(iter(())))
     with pytest.raises(SystemExit):
         await calls.run(partial(exec, "raise SystemExit"))
-    calls.close()
+    await calls.close()
 
 
 async def test_the_default_executor_tells_what_still_runs_on_it(work: Work):

@@ -5,7 +5,7 @@ between those who set the bounds and those who keep to them.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -25,6 +25,23 @@ class Reading:
         self.wanted = True
         self.tokens = 0  # that were made so far, to be paid for
         self._field = field
+        self._begun = False
+        self._why = f"this server takes prompts of up to {limit} tokens, and this one has more"
+
+    def read(self, encode: Callable[[], list[int]]) -> list[int]:
+        """Make the tokens within these bounds."""
+        self.check()
+        self._begun = True
+        with within(self):
+            ids = encode()
+        self.tokens = len(ids)
+        return ids
+
+    def end(self, characters: int) -> None:
+        """Wait for the tokens no more; of a prompt of so many characters in which nothing was counted yet, guess it."""
+        self.wanted = False
+        if self._begun and not self.tokens:
+            self.tokens = characters // 4
 
     def check(self) -> None:
         """Raise Unwanted if nobody waits any more; called between two pieces of work."""
@@ -36,6 +53,12 @@ class Reading:
         self.tokens += tokens
         self.check()
 
+    def fit(self, context_length: int) -> None:
+        """Keep to a model's context too, with room for one token of an answer."""
+        if context_length <= self.limit:
+            self.limit = context_length - 1
+            self._why = f"this model's context is {context_length} tokens, and the prompt alone has as many or more"
+
     def check_length(self, at_least: int) -> None:
         """Compare with the limit what a prompt has at least.
 
@@ -43,8 +66,7 @@ class Reading:
             Refused: `context_length_exceeded`.
         """
         if at_least > self.limit:
-            why = f"the prompt has more than the {self.limit} tokens that fit; shorten it"
-            raise Refused("context_length_exceeded", why, self._field)
+            raise Refused("context_length_exceeded", f"{self._why}; shorten it", self._field)
 
 
 _UNBOUNDED = Reading(sys.maxsize, "prompt")
