@@ -7,11 +7,14 @@ import importlib
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 from tokenizers import Tokenizer
 
+from LLM.chat.length import check_text
+from LLM.chat.reading import reading
 from LLM.engine.request import GenerationRequest, Sampling
 from LLM.engine.step import Runner
 from LLM.errors import Refused
@@ -32,7 +35,7 @@ class LoadOptions:
     "auto" is the precision that runs best there, and a GPU if there is one. `quantization` is "none", "int8", "nf4", "fp4".
     What the GPUs have no room for may `offload` to the CPU's memory. `kv_memory` is in bytes, `threads` those of a CPU; None
     leaves the choice to the loader. `decode` is "eager", "compiled" for a CPU, "graph" for a GPU and as many `sequences` at
-    once, or "auto", the latter where it fits.
+    once, or "auto", the latter where it fits. A chat template may take `template_timeout` seconds for a conversation.
     """
 
     dtype: str = "auto"
@@ -43,6 +46,7 @@ class LoadOptions:
     threads: int | None = None
     decode: str = "auto"
     sequences: int = 8
+    template_timeout: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,10 @@ class BaseModelHandler:
             why = "this model's folder has no chat template; send prompt instead, or have its operator write a drop-in"
             raise Refused("unsupported", why, "messages")
         hidden: list[str] = []
-        safe = [ChatMessage(role=m["role"], content=plain_text.hide(m["content"], hidden)) for m in messages]
+        safe = []
+        for message in messages:
+            reading().check()
+            safe.append(ChatMessage(role=message["role"], content=plain_text.hide(message["content"], hidden)))
         return plain_text.encode_prompt(model.chat_template(safe), hidden)
 
     def encode_prompt(self, model: LoadedModel, prompt: str) -> list[int]:
@@ -175,6 +182,7 @@ class BaseModelHandler:
         A raw prompt is in the client's own format: the text of a control token is that token, and a text that begins with
         those tokens already does not get them twice.
         """
+        check_text(prompt, partial(_count, model.tokenizer), model.plain_text.longest_token)
         begin, ids = encode(model.tokenizer, ""), encode(model.tokenizer, prompt)
         return ids[len(begin) :] if begin and ids[: 2 * len(begin)] == begin * 2 else ids
 
@@ -228,6 +236,10 @@ class BaseModelHandler:
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
     """Give the token ids of a text, without keeping other threads from running: `Tokenizer.encode` alone holds the GIL."""
     return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+
+
+def _count(tokenizer: Tokenizer, text: str) -> int:
+    return len(tokenizer.encode_batch([text], add_special_tokens=False)[0])
 
 
 def _check_ids(field: str, ids: Sequence[int], model: LoadedModel) -> None:

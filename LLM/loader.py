@@ -7,20 +7,20 @@ import gc
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from LLM import gguf_config, gguf_tokenizer, model_folder
-from LLM._base_model_handler import ChatMessage, LoadedModel, LoadOptions, Progress
+from LLM._base_model_handler import LoadedModel, LoadOptions, Progress
+from LLM.chat import template
 from LLM.engine.attention import DoesNotFit, PagedCache
 from LLM.engine.compiled_runner import CompiledRunner
 from LLM.engine.fuse import fuse
@@ -114,6 +114,9 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
     runner = _runner(model, options, positions)
     if len(places := {str(place) for place in getattr(model, "hf_device_map", {}).values()}) > 1:
         runner.notes.append(f"is spread over {', '.join(sorted(places))}")
+    chat_template = _chat_template(tokenizer, options.template_timeout)
+    if chat_template and (problem := chat_template.probe()):
+        runner.notes.append(f"takes no messages: {problem}")
     # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
     gc.collect()
     gc.freeze()
@@ -124,7 +127,7 @@ def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel
         vocabulary_size=config.get_text_config().vocab_size,
         dtype=options.dtype,
         device=options.device,
-        chat_template=_chat_template(tokenizer),
+        chat_template=chat_template,
         end_token_ids=_end_token_ids(model.generation_config, tokenizer),
         generation_config=model.generation_config.to_dict(),
         takes_turns=device.type == "cpu",
@@ -143,8 +146,8 @@ def _tokenizer(folder: Path, found: ModelFolder) -> Any:
         # With mistral-common installed, a tekken.json in the folder may bring a tokenizer of another kind.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, mistral_format=False)
     tokenizer = gguf_tokenizer.tokenizer_of(found.gguf)
-    if (template := folder / "chat_template.jinja").exists():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if (written := folder / "chat_template.jinja").exists():
+        tokenizer.chat_template = written.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -240,25 +243,12 @@ def _positions(config: Any) -> int:
     return positions
 
 
-def _chat_template(tokenizer: Any) -> Callable[[Sequence[ChatMessage]], str] | None:
-    if not tokenizer.chat_template:
+def _chat_template(tokenizer: Any, seconds: float = template.SECONDS) -> template.ChatTemplate | None:
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError:  # it has none, or several and none to be used by itself
         return None
-
-    def render(messages: Sequence[ChatMessage]) -> str:
-        goes_on = messages[-1]["role"] == "assistant"
-        try:
-            text: str = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
-            )
-        except TemplateError as error:
-            why = f"the model's chat template refuses this conversation: {error}"
-            raise Refused("bad_message", why, "messages") from error
-        except ValueError as error:
-            why = "the model's chat template changes the last message, which is to be continued; end with a user's"
-            raise Refused("bad_message", why, "messages") from error
-        return text
-
-    return render
+    return template.ChatTemplate(source, tokenizer.special_tokens_map, seconds) if source else None
 
 
 def _end_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 from LLM._base_model_handler import BaseModelHandler, ChatMessage, GenerationOptions, LoadedModel, LoadOptions
+from LLM.blocking import BlockingCalls
+from LLM.chat.reading import Reading
 from LLM.engine.clock import Clock
 from LLM.engine.request import GenerationRequest
 from LLM.engine.step import Runner
@@ -70,6 +72,7 @@ class Model:
         on_change: "Callable[[Model], None]",
         restarts: Restarts,
         clock: Clock,
+        texts: BlockingCalls,
         after: "Collection[asyncio.Task[None]]" = (),
     ) -> None:
         self.spec = spec
@@ -82,6 +85,7 @@ class Model:
         self._handler = handler
         self._planned_bytes = planned_bytes
         self._after = after
+        self._texts = texts
         self._folder = folder
         self._loaded: LoadedModel | None = None
         self._description = _describe(spec)
@@ -149,9 +153,16 @@ class Model:
         self._load.result()
 
     async def request(
-        self, key: Hashable, prompt: str | Sequence[ChatMessage], options: GenerationOptions
+        self,
+        key: Hashable,
+        prompt: str | Sequence[ChatMessage],
+        options: GenerationOptions,
+        bounds: Reading | None = None,
+        owner: Hashable = None,
     ) -> GenerationRequest:
         """Make a prompt's token ids, in a thread because a long text takes long, and join them with the defaults.
+
+        Owners take turns. `bounds` learns how many tokens were made, also where that was for nothing.
 
         Raises:
             Refused: why this model cannot serve the request.
@@ -159,10 +170,14 @@ class Model:
         loaded = self._loaded
         if loaded is None:
             raise Refused(*STOPPED)  # its engine died a moment ago
-        if isinstance(prompt, str):
-            ids = await asyncio.to_thread(self._handler.encode_prompt, loaded, prompt)
-        else:
-            ids = await asyncio.to_thread(self._handler.encode_chat, loaded, prompt)
+        bounds = bounds or Reading(loaded.context_length, "prompt")
+        bounds.fit(loaded.context_length)
+        encode = self._handler.encode_prompt if isinstance(prompt, str) else self._handler.encode_chat
+        work = partial(cast("Callable[..., list[int]]", encode), loaded, prompt)
+        try:
+            ids = await self._texts.run(partial(bounds.read, work), owner)
+        finally:
+            bounds.end(len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt))
         return self._handler.request(loaded, key, ids, options)
 
     def describe(self) -> Description:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from LLM._base_model_handler import LoadOptions, Plan
+from LLM.blocking import BlockingCalls
 from LLM.departures import Departures
 from LLM.engine.clock import MONOTONIC, Clock
 from LLM.engine.thread import PATIENCE, GenerationEngine
@@ -66,6 +67,10 @@ class ModelService:
         self._restarting: set[asyncio.Task[None]] = set()
         self._clock = clock
         self._turns = Turns()
+        patience = settings.step_timeout
+        self._folders = BlockingCalls("reading a model's folder", 4, settings.max_queue, patience, clock)
+        # Those in an engine's line have come through here; as many more may be on their way to it.
+        self._texts = BlockingCalls("reading a prompt", 2, 2 * settings.max_queue, patience, clock)
         self._default = default
         self._default_spec = self._default_asked = self.resolve()
         self._default_missing: str | None = "is not loaded yet"
@@ -130,6 +135,8 @@ class ModelService:
         """What keeps this server from serving its default model, in a line; None if it can, if need be after loading it."""
         model = self._models.get(self._default_spec)
         problem = PROBLEMS[model.state] if model else self._default_missing
+        if hangs := self._folders.problem or self._texts.problem:
+            return hangs
         # Without its name: /readyz shows this to clients that have no key.
         return problem and f"the default model {problem}"
 
@@ -143,7 +150,9 @@ class ModelService:
         for model in list(self._models.values()):
             self._unload(model)
         await self._leaving.over(PATIENCE)
-        self.stuck = bool(self._leaving) or any(model.engine.has_thread for model in models)
+        await asyncio.gather(self._folders.close(), self._texts.close())
+        left = self._folders.busy or self._texts.busy
+        self.stuck = left or bool(self._leaving) or any(model.engine.has_thread for model in models)
 
     async def _find(self, spec: ModelSpec) -> Model:
         """Give the model that is loaded or being loaded; begin to load it if it is neither."""
@@ -187,6 +196,7 @@ class ModelService:
             on_change=self._changed,
             restarts=restarts,
             clock=self._clock,
+            texts=self._texts,
             # What leaves now is counted as gone already: it has to be, before the load begins.
             after=self._leaving.leaving,
         )
@@ -246,7 +256,8 @@ class ModelService:
         listed = self.listing[spec.model]
         try:
             # In a thread: it reads files, and the first one imports torch.
-            return await asyncio.to_thread(listed.handler().plan, listed.folder, spec.options)
+            plan = partial(listed.handler().plan, listed.folder, spec.options)
+            return await self._folders.run(plan, owner=listed.folder)
         except Refused as error:
             log.error("cannot load %s: %s", spec.model, error.message, exc_info=error.__cause__)
             raise

@@ -7,12 +7,14 @@ message could write the next turn as well.
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
+from LLM.chat.length import PIECE, check_text, longest_token
+from LLM.chat.reading import reading
 from LLM.errors import Refused
 
 
@@ -22,6 +24,8 @@ class Control:
 
     text: str
 
+
+BATCH = 256  # pieces that are encoded at once, if they are short
 
 # A string is text, whatever stands in it.
 Piece = Control | str
@@ -42,10 +46,13 @@ class PlainText:
         # The twin gives added tokens other ids where the tokenizer's own are not in a row.
         twins = {i: token.content for i, token in self._twin.get_added_tokens_decoder().items()}
         real = {self._names.get(token.content, token.content): i for i, token in added.items()}
-        self._real_ids = {i: real[content] for i, content in twins.items()}
+        self._real_ids = {i: real[content] for i, content in twins.items() if i != real[content]}
         self._finder = _finder(self._ids)
-        self._starts = {text[:n] for text in self._ids for n in range(1, len(text))}
-        self._ends = {text[n:] for text in self._ids for n in range(1, len(text))}
+        self._any = re.compile("|".join(map(re.escape, self._ids)) or r"(?!)")
+        self._starts = _Parts({text[:n] for text in self._ids for n in range(1, len(text))}, {t[0] for t in self._ids if t})
+        self._ends = _Parts({text[n:] for text in self._ids for n in range(1, len(text))}, {t[-1] for t in self._ids if t})
+        # How many characters a token may stand for.
+        self.longest_token = longest_token(tokenizer)
         # SentencePiece begins every text with a space of its own, Metaspace only one that has none yet.
         self._space = " " if self._written("a") == self._written(" a") == "▁a" else ""
 
@@ -55,9 +62,18 @@ class PlainText:
         Raises:
             Refused: `unsupported` for a control token that the tokenizer does not have.
         """
-        pieces = list(pieces)
-        texts = iter(self._encode([self._space + p if p else p for p in pieces if isinstance(p, str)]))
         ids: list[int] = []
+        for batch in _batches(pieces):
+            reading().check_length(len(ids))
+            ids += self._encode_batch(batch)
+            reading().made(len(ids) - reading().tokens)
+        return ids
+
+    def _encode_batch(self, pieces: Sequence[Piece]) -> list[int]:
+        written = [self._space + piece if piece else piece for piece in pieces if isinstance(piece, str)]
+        for text in written:
+            check_text(text, self._count, self.longest_token)
+        texts, ids = iter(self._encode(written)), list[int]()
         for piece in pieces:
             if isinstance(piece, str):
                 ids += next(texts)
@@ -74,9 +90,13 @@ class PlainText:
         What could be a part of one at either end is hidden too: what comes next in the prompt could complete it.
         """
         body = text.strip()
+        if not body:
+            return text
         left = text.index(body)
-        start = _longest(body, self._ends, lambda n: body[:n])
-        end = _longest(body[start:], self._starts, lambda n: body[-n:])
+        start = self._ends.longest_at_start(body)
+        end = self._starts.longest_at_end(body[start:])
+        if not (start or end or self._any.search(body)):
+            return text
         right = len(body) - end
         middle = "".join(self._hide(part, hidden) if control else part for part, control in self._split(body[start:right]))
         first, last = self._hide(body[:start], hidden), self._hide(body[right:], hidden)
@@ -84,8 +104,13 @@ class PlainText:
 
     def encode_prompt(self, prompt: str, hidden: Sequence[str]) -> list[int]:
         """Give the ids of a whole prompt: what was hidden from it is text, any other control token is one."""
-        named = "".join(self._names[part] if control else part for part, control in self._split(prompt))
+        parts = self._split(prompt)
+        controls = sum(control for _, control in parts)
+        reading().made(controls)
+        reading().check_length(controls)
+        named = "".join(self._names[part] if control else part for part, control in parts)
         shown = self._words.sub(lambda word: hidden[int(word[1])] if int(word[1]) < len(hidden) else "", named)
+        check_text(shown, self._count, None)
         return self._encode([shown])[0]
 
     def _hide(self, part: str, hidden: list[str]) -> str:
@@ -102,15 +127,50 @@ class PlainText:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # Not `encode`: it keeps every other thread from running.
         encoded = self._twin.encode_batch(list(texts), add_special_tokens=False)
+        if not self._real_ids:
+            return [each.ids for each in encoded]
         return [[self._real_ids.get(i, i) for i in each.ids] for each in encoded]
+
+    def _count(self, text: str) -> int:
+        return len(self._twin.encode_batch([text], add_special_tokens=False)[0])
 
     def _written(self, text: str) -> str:
         return "".join(self._twin.encode(text, add_special_tokens=False).tokens)
 
 
-def _longest(text: str, known: Collection[str], part: Callable[[int], str]) -> int:
-    longest = min(len(text), max(map(len, known), default=0))
-    return next((n for n in range(longest, 0, -1) if part(n) in known), 0)
+class _Parts:
+    """The beginnings of all control tokens, or their ends; each holds one of a few characters."""
+
+    def __init__(self, known: Collection[str], marks: set[str]) -> None:
+        self._known = known
+        self._marks = marks
+        self._longest = max(map(len, known), default=0)
+
+    def longest_at_start(self, text: str) -> int:
+        """Return how long the longest of them is with which a text begins, 0 if there is none."""
+        text = text[: self._longest]
+        if self._marks.isdisjoint(text):
+            return 0
+        return next((n for n in range(len(text), 0, -1) if text[:n] in self._known), 0)
+
+    def longest_at_end(self, text: str) -> int:
+        """Return how long the longest of them is with which a text ends, 0 if there is none."""
+        text = text[-self._longest :] if self._longest else ""
+        if self._marks.isdisjoint(text):
+            return 0
+        return next((n for n in range(len(text), 0, -1) if text[-n:] in self._known), 0)
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece) if isinstance(piece, str) else 1
+        if len(batch) >= BATCH or size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _finder(controls: Iterable[str]) -> Tokenizer:

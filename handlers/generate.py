@@ -1,6 +1,7 @@
 """`generate`: from a message to a generation request, and from its parts to frames."""
 
 import logging
+import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import fields, replace
@@ -8,6 +9,7 @@ from functools import partial
 
 from handlers.waiting import Late, Stopped, chosen_model, refusal, until_stopped
 from LLM._base_model_handler import ChatMessage, GenerationOptions
+from LLM.chat.reading import Reading
 from LLM.engine import request as engine
 from LLM.errors import Refused
 from LLM.model import Model, ModelSpec, Waiter
@@ -72,7 +74,12 @@ async def _prepare(
     model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position, owner=session.id)))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     _log_content(session, job, "asks", prompt)
-    return model, await model.request((session.id, job.id, job.number), prompt, _options(message))
+    bounds = Reading(session.server.config.max_prompt_tokens or sys.maxsize, _field(message))
+    key = (session.id, job.id, job.number)
+    try:
+        return model, await model.request(key, prompt, _options(message), bounds, session.owner)
+    finally:
+        job.read(bounds.tokens)
 
 
 def _within_limits(request: engine.GenerationRequest, message: Generate, session: Session) -> engine.GenerationRequest:
@@ -85,7 +92,7 @@ def _within_limits(request: engine.GenerationRequest, message: Generate, session
     prompt_tokens, most = len(request.prompt_ids), config.max_prompt_tokens
     if most is not None and prompt_tokens > most:
         why = f"this server takes prompts of up to {most} tokens, and this one has {prompt_tokens}; shorten it"
-        raise Refused("context_length_exceeded", why, "prompt" if message.messages is None else "messages")
+        raise Refused("context_length_exceeded", why, _field(message))
     if config.max_tokens is None:
         return request
     for field, asked in (("max_tokens", message.max_tokens), ("min_tokens", message.min_tokens)):
@@ -107,6 +114,10 @@ def _log_content(session: Session, job: Job, what: str, content: object) -> None
     """Log what was written, if the operator wants that: escaped, since it is a client's or a model's own."""
     if session.server.config.log_content:
         log.debug("session %s: %r %s %r", session.id, job.id, what, content)
+
+
+def _field(message: Generate) -> str:
+    return "prompt" if message.messages is None else "messages"
 
 
 def _conversation(message: Generate) -> list[ChatMessage]:

@@ -175,7 +175,16 @@ def test_the_options_that_the_readme_lists_are_those_there_are() -> None:
 
 
 def test_the_map_in_the_readme_names_every_file() -> None:
-    for package in ("wsserver", "wsserver/client", "wsserver/web", "wsserver_mqtt", "handlers", "LLM", "LLM/engine"):
+    for package in (
+        "wsserver",
+        "wsserver/client",
+        "wsserver/web",
+        "wsserver_mqtt",
+        "handlers",
+        "LLM",
+        "LLM/chat",
+        "LLM/engine",
+    ):
         for path in [*(ROOT / package).glob("*.py"), *(ROOT / package).glob("*.js")]:
             if path.name != "__init__.py" and not path.name.startswith("model_srv_"):
                 assert re.search(rf"\b{path.name}\b", README), f"{path} is not on the map"

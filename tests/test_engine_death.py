@@ -401,7 +401,7 @@ async def test_a_service_can_be_closed_while_a_model_is_loaded_anew(when: str, c
             its.clock.go(1)
             await its.model.in_load_stage(4)
         await its.service.close()
-        assert its.service.stuck == (when in ("hangs", "loads"))
+        assert its.service.stuck == (when != "backs off"), "a thread is left behind wherever one is at work"
         assert its.service.status() == []
         its.model.open()
         await eventually(lambda: not its.service._leaving)

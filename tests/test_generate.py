@@ -268,12 +268,16 @@ async def test_who_waits_is_told_its_place_and_every_change_of_it() -> None:
 
 
 async def test_a_place_in_line_that_has_not_changed_is_not_told_again() -> None:
-    async with scripted(loaded=False, max_active=1) as (server, model), server.client() as client:
+    async with (
+        scripted(loaded=False, max_active=1) as (server, model),
+        server.client() as client,
+        server.client(local_addr=("127.0.0.2", 0)) as other,
+    ):
         model.load_gate.shut()
         model.encode_gates["slow"] = Gate(0)
-        for id in ("slow", "quick"):
-            await client.send(type="generate", id=id, prompt=id)
-        assert [(await client.until("queued"))["position"] for _ in range(2)] == [1, 2]
+        for asker, id, position in ((client, "slow", 1), (other, "quick", 2)):
+            await asker.send(type="generate", id=id, prompt=id)
+            assert (await asker.until("queued"))["position"] == position
         model.load_gate.open()
         await model.in_step_of("quick")
         model.encode_gates["slow"].open()

@@ -138,6 +138,18 @@ def test_a_request_too_many_is_told_whether_too_many_are_active_or_wait() -> Non
     assert account.too_many() is None
 
 
+def test_a_prompt_that_was_read_is_charged_once_whether_the_request_starts_or_not() -> None:
+    account = Account(CONFIG)
+    for starts in (False, True):
+        bill = Bill(account)
+        bill.read(25, 0.0)
+        if starts:
+            bill.start()
+            bill.charge(35, 0.0)
+        bill.settle()
+        assert account.tokens.wait(0.0) == (1 if starts else 0)
+
+
 def test_a_request_is_charged_once_for_every_token_and_not_before_it_starts() -> None:
     account = Account(CONFIG)
     bill = Bill(account)

@@ -633,6 +633,18 @@ def test_a_template_cannot_reach_python(folder: Path, template: str):
     assert_fit_for_any_client(refused.value, folder)
 
 
+def test_a_template_that_takes_all_time_is_noted_at_the_load_and_prompts_are_served(folder: Path):
+    holding("chat_template.jinja", "{{ 9**(9**9) }}")(folder)
+    model = load(folder, replace(CPU, template_timeout=0.5), silent)
+    (note,) = [note for note in model.runner.notes if "takes no messages" in note]
+    assert "longer than 0.5 s" in note
+    with pytest.raises(Refused, match="took longer") as refused:
+        text_of(model, ("user", "Why?"))
+    assert (refused.value.reason, refused.value.field) == ("unsupported", "messages")
+    assert_fit_for_any_client(refused.value, folder)
+    assert BaseModelHandler().encode_prompt(model, "Why?")
+
+
 def test_a_folder_without_a_template_serves_prompts_only(folder: Path):
     without("chat_template.jinja")(folder)
     model = load(folder, CPU, silent)

@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,56 @@ async def test_a_second_signal_ends_the_process_where_it_stands(tmp_path: Path):
             await client.until("nothing comes any more")
         assert closed.value.rcvd is None
         assert len(client.checker.dones) < 100
+
+
+# What hangs does not hold up the end.
+
+
+async def test_a_folder_that_hangs_is_told_and_does_not_hold_up_the_end(tmp_path: Path):
+    """A FIFO without a writer stands for a file of a network file system whose server is gone."""
+    add_folder(tmp_path, "acme/hung")
+    config = tmp_path / "acme" / "hung" / "config.json"
+    config.unlink()
+    os.mkfifo(config)
+    options = ["--models", str(tmp_path), "--drain-timeout", "1", "--step-timeout", "1"]
+    async with serving(tmp_path, *options) as running, running.client() as client, running.client() as other:
+        await client.send(type="init", id="i", model="acme/hung")
+        writer = await opened_by_a_reader(config)
+        try:
+            assert (await other.generate(prompt="hi"))["joined"] == "hi", "others are served beside it"
+            ready = running.url.replace("ws://", "http://").replace("/ws", "/readyz")
+            while (told := await asyncio.to_thread(body, ready)) != "reading a model's folder hangs\n":
+                assert told == "ready\n"
+            running.signal()
+            assert await running.ends() == 0
+        finally:
+            os.close(writer)
+
+
+async def opened_by_a_reader(fifo: Path) -> int:
+    """Open a FIFO to write, once somebody reads from it."""
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            await asyncio.sleep(0)
+
+
+def body(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return str(response.read().decode())
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+
+
+async def test_sighup_ends_nothing_also_where_there_is_nothing_to_read_anew(tmp_path: Path):
+    async with serving(tmp_path) as running, running.client() as client:
+        running.signal(signal.SIGHUP)
+        assert (await client.generate(prompt="hi"))["joined"] == "hi"
+        await eventually(lambda: "SIGHUP: there is no file of keys or certificates to read" in running.stderr)
+        running.signal()
+        assert await running.ends() == 0
 
 
 # Not starting.

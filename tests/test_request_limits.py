@@ -141,6 +141,13 @@ async def test_tokens_are_counted_by_the_minute_over_all_connections_of_a_client
         await client.settle()  # what costs no tokens is served
 
 
+async def test_a_prompt_that_is_refused_for_its_length_has_cost_what_was_read_of_it() -> None:
+    async with running(tokens_per_minute=12, max_prompt_tokens=5) as server, server.client() as client:
+        for id in "ab":
+            assert (await client.generate(id=id, prompt="hello!"))["error"]["code"] == "context_length_exceeded"
+        assert (await client.generate(id="c", prompt="hello"))["error"]["code"] == "rate_limited"
+
+
 @pytest.mark.parametrize("lost", [True, False])
 async def test_a_generation_that_is_cancelled_or_lost_has_cost_what_it_made(lost: bool) -> None:
     async with scripted(tokens_per_minute=8) as (server, model), server.client() as client:

@@ -18,6 +18,7 @@ import orjson
 from handlers import dispatcher
 from handlers.status import overview
 from LLM._base_model_handler import LoadOptions
+from LLM.blocking import DefaultExecutor
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
 from LLM.listing import MODELS_ROOT, list_models
@@ -86,13 +87,12 @@ def run_server(config: Config) -> None:
     gc.freeze()
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            hangs = runner.run(serve(config))
+            if runner.run(serve(config)):
+                os._exit(0)  # the runner, and Python, would wait for that thread for ever
     except BadSetting as error:
         sys.exit(f"wsserver: {error}")
     except OSError as error:
         sys.exit(f"wsserver: {error}; choose another address with --host and --port")
-    if hangs:
-        os._exit(0)  # Python would wait for that thread, for ever
 
 
 def print_models(config: Config) -> None:
@@ -110,14 +110,18 @@ COMMANDS: Mapping[str, Callable[[Config], None]] = {"serve": run_server, "models
 
 
 async def serve(config: Config) -> bool:
-    """Serve until SIGTERM or SIGINT, then drain; say whether a thread of a model hangs and was left behind.
+    """Serve until SIGTERM or SIGINT, then drain; say whether a thread hangs and was left behind.
 
     Raises:
         BadSetting: there are no keys where there must be some, or a file of them or of a certificate cannot be used.
         Refused: the default model is not there, or cannot be loaded.
         OSError: the address cannot be listened on.
     """
+    executor = DefaultExecutor()
+    asyncio.get_running_loop().set_default_executor(executor)
     keys, certified, reads = _secured(config)
+    # Always: the signal ends a process that does not ask for it.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_anew, reads)
     keeping, root = Keeping(config.memory, config.keep_alive), config.models or MODELS_ROOT
     models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping)
     asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
@@ -128,8 +132,6 @@ async def serve(config: Config) -> bool:
         if config.mqtt_url:
             await closing.enter_async_context(_face(config, server, keys, models))
         stopping = _stop_on_signal()
-        if reads:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_anew, reads)
         # Clients may come while models load: they wait in line for them, and can cancel.
         load = asyncio.create_task(_load(models, asked))
         stopped = asyncio.create_task(stopping.wait())
@@ -143,7 +145,7 @@ async def serve(config: Config) -> bool:
         load.cancel()
         _say("stopping: running generations may finish")
         await server.drain()
-    return models.stuck
+    return models.stuck or executor.busy
 
 
 def _face(config: Config, server: Server, keys: Keys, models: ModelService) -> AbstractAsyncContextManager[object]:
@@ -173,6 +175,7 @@ def load_options(config: Config) -> LoadOptions:
         threads=config.threads,
         decode=config.decode,
         sequences=config.max_active,
+        template_timeout=config.template_timeout,
     )
 
 
@@ -217,6 +220,8 @@ def _secured(config: Config) -> tuple[Keys, ssl.SSLContext | None, dict[str, Cal
 
 def _read_anew(reads: Mapping[str, Callable[[], None]]) -> None:
     """Read files anew, for the connections to come; what cannot be read stays as it was."""
+    if not reads:
+        log.info("SIGHUP: there is no file of keys or certificates to read")
     for what, read in reads.items():
         try:
             read()

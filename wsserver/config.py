@@ -71,6 +71,7 @@ class Config:
     max_queue: int = 256
     request_timeout: float = 600.0
     step_timeout: float = 120.0
+    template_timeout: float = 2.0
     max_outbox_bytes: int = Size(1 << 20)
     stall_timeout: float = 30.0
     resume_window: float = 120.0

@@ -132,6 +132,11 @@ class Job:
         if self.ended and self.kept:
             self._keeper.let_go(self)
 
+    def read(self, tokens: int) -> None:
+        """Say that its prompt was read, or so much of it, which costs so many tokens."""
+        if self._bill:
+            self._bill.read(tokens, time.monotonic())
+
     def on_stop(self, stop: Callable[[], object]) -> None:
         """Say what would stop it from now on; called at once if it has been told to stop already."""
         self._stop = stop

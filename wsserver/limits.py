@@ -115,9 +115,14 @@ class Bill:
         account.queued += 1
 
     def charge(self, tokens: int, now: float) -> None:
-        """Let the request have cost so many tokens in all, up to now; one that never started costs none."""
+        """Let the request have cost so many tokens in all, up to now; before it starts only its prompt was read."""
         if self._waits:
             return
+        self._account.tokens.spend(tokens - self._charged, now)
+        self._charged = tokens
+
+    def read(self, tokens: int, now: float) -> None:
+        """Let the prompt have cost so many tokens, because they were made: also if the request never starts."""
         self._account.tokens.spend(tokens - self._charged, now)
         self._charged = tokens
 

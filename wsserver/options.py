@@ -149,6 +149,12 @@ GROUPS = {
             "S",
             "seconds after which a step of a model counts as hung; the model is loaded anew",
         ),
+        Option(
+            "template-timeout",
+            values.span,
+            "S",
+            "seconds that a model's chat template may take for a conversation; it runs in a process of its own",
+        ),
         Option("max-outbox-bytes", values.size, "SIZE", "memory for what one client has not read yet, like 1MiB"),
         Option("stall-timeout", values.span, "S", "seconds after which a client that takes nothing is given up"),
         Option(
