@@ -8,8 +8,21 @@ from threading import Lock
 SWITCH_INTERVAL = 1e-4  # seconds
 USUAL = sys.getswitchinterval()
 
-_lock = Lock()
-_inside = 0  # how many contexts are open
+
+class _Interval:
+    """The process's switch interval, short as long as one of several contexts is open."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0  # how many contexts are open
+
+    def enter(self, step: int) -> None:
+        with self._lock:
+            self._inside += step
+            sys.setswitchinterval(SWITCH_INTERVAL if self._inside else USUAL)
+
+
+_interval = _Interval()
 
 
 @contextmanager
@@ -18,15 +31,8 @@ def giving_way() -> Iterator[None]:
 
     It holds for the whole process, until the last of several at once has ended.
     """
-    _enter(1)
+    _interval.enter(1)
     try:
         yield
     finally:
-        _enter(-1)
-
-
-def _enter(step: int) -> None:
-    global _inside
-    with _lock:
-        _inside += step
-        sys.setswitchinterval(SWITCH_INTERVAL if _inside else USUAL)
+        _interval.enter(-1)
