@@ -16,6 +16,7 @@ COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
 COPY LLM/chat/__init__.py LLM/chat/
 COPY LLM/engine/__init__.py LLM/engine/
+COPY LLM/loading/__init__.py LLM/loading/
 RUN pip install --constraint constraints.txt --editable ".[mqtt]"
 
 COPY LLM LLM

@@ -1,22 +1,38 @@
-"""Lets the streams of other models run while this thread does much in Python: whoever waits for it waits a shorter time."""
+"""Lets streams of other models run while a thread does much in Python: they wait a shorter time for the interpreter."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 SWITCH_INTERVAL = 1e-4  # seconds
 USUAL = sys.getswitchinterval()
+
+
+class _Interval:
+    """The process's switch interval, short as long as one of several contexts is open."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0  # how many contexts are open
+
+    def enter(self, step: int) -> None:
+        with self._lock:
+            self._inside += step
+            sys.setswitchinterval(SWITCH_INTERVAL if self._inside else USUAL)
+
+
+_interval = _Interval()
 
 
 @contextmanager
 def giving_way() -> Iterator[None]:
     """Hand the interpreter on soon when another thread asks for it; one step of a stream does so a few hundred times.
 
-    It holds for the whole process. Of two at once the first to end ends it for the other too, which then is as polite as
-    Python is.
+    It holds for the whole process, until the last of several at once has ended.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    _interval.enter(1)
     try:
         yield
     finally:
-        sys.setswitchinterval(USUAL)
+        _interval.enter(-1)

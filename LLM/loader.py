@@ -31,6 +31,7 @@ from LLM.engine.step import Runner
 from LLM.errors import Refused
 from LLM.gguf_weights import packed_weights
 from LLM.giving_way import giving_way
+from LLM.loading.exclusive import LOADING
 from LLM.model_folder import ModelFolder
 from LLM.pinned_copy import PinnedCopy
 from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
@@ -60,12 +61,11 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     transformers_logging.disable_progress_bar()
     progress("config", 0.0)
     options = plan(folder, options).options
-    if options.device == "cpu":
-        # One core stays free for the event loop: decoding on all of them makes every frame late.
-        torch.set_num_threads(options.threads or max(1, cores() - 1))
     try:
         with giving_way(), _refusing("its operator finds the details in the server's log"):
-            return _load(folder, options, progress)
+            found = model_folder.read(folder)
+            with LOADING.hold(f"{folder.parent.name}/{folder.name}", partial(progress, "config", 0.0)):
+                return _load(folder, found, options, progress)
     except BaseException as error:
         _let_go(error)
         raise
@@ -93,9 +93,11 @@ def _refusing(advice: str) -> Iterator[None]:
         raise Refused("load_failed", message) from error
 
 
-def _load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
+def _load(folder: Path, found: ModelFolder, options: LoadOptions, progress: Progress) -> LoadedModel:
     device = torch.device(options.device)
-    found = model_folder.read(folder)
+    if device.type == "cpu":
+        # One core stays free for the event loop: decoding on all of them makes every frame late.
+        torch.set_num_threads(options.threads or max(1, cores() - 1))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the driver starts now, and not while weights are read
     with _refusing("its config.json cannot be used; a newer transformers may know its architecture"):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llama_models
 import mistral_common
@@ -107,6 +108,19 @@ def tiny_folder(path: Path) -> Path:
     # Wider than usual, so that different contexts give clearly different logits.
     config.initializer_range = 0.4
     _weights(path, config)
+    return path
+
+
+def tied_folder(
+    path: Path, family: type[PreTrainedConfig], sizes: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Make the folder of a small model of a family, whose tokenizer cuts a text into bytes."""
+    tokenizer = byte_tokenizer(["<|begin|>", "<|end|>"], [], TINY_TEMPLATE)
+    tokenizer.save_pretrained(path)
+    begin, end = tokenizer.convert_tokens_to_ids(["<|begin|>", "<|end|>"])
+    config = family(**sizes, vocab_size=len(tokenizer), bos_token_id=begin, eos_token_id=end, tie_word_embeddings=True)
+    config.initializer_range = 0.4
+    _weights(path, config, dtype)
     return path
 
 
@@ -251,9 +265,9 @@ def _meta_model() -> Path:
     return Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
 
 
-def _weights(path: Path, config: PreTrainedConfig) -> None:
+def _weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> None:
     torch.manual_seed(1)
-    config.dtype = torch.bfloat16
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    config.dtype = dtype
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
     generation = json.loads((path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == config.eos_token_id

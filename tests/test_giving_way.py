@@ -32,3 +32,11 @@ def test_one_at_a_time_or_two_pythons_own_comes_back() -> None:
     leave.set()
     thread.join()
     assert sys.getswitchinterval() == USUAL
+
+
+def test_the_first_of_two_to_end_leaves_the_interval_short_for_the_other() -> None:
+    with giving_way():
+        with giving_way():
+            pass
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
+    assert sys.getswitchinterval() == USUAL

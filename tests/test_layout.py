@@ -325,3 +325,38 @@ def test_the_composition_root_knows_everybody():
 @pytest.mark.parametrize("module", [name for name in TESTS if "test_" not in name and ".gpu" not in name])
 def test_what_no_test_imports_can_be_imported_all_the_same(module: str):
     importlib.import_module(module)  # much of it is run by hand, and long after what it imports was renamed
+
+
+FACTORIES = {
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "empty",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+}
+
+
+def undecided_dtypes(modules: Modules) -> list[str]:
+    """Give the engine's calls that make a tensor of torch's default dtype, which is the process's and may change."""
+    return [
+        f"{module}: torch.{name}"
+        for module, tree in modules.items()
+        if module.startswith("LLM.engine")
+        for name, call in calls(tree)
+        if name in FACTORIES and isinstance(call.func, ast.Attribute)
+        if isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+        if "dtype" not in {keyword.arg for keyword in call.keywords}
+    ]
+
+
+def test_the_engine_names_the_dtype_of_every_tensor_it_makes():
+    assert undecided_dtypes(PRODUCT) == []
+    bad = {"LLM.engine.bad": ast.parse("torch.zeros(3)\ntorch.zeros(3, dtype=torch.long)\nother.zeros(3)")}
+    assert undecided_dtypes(bad) == ["LLM.engine.bad: torch.zeros"]

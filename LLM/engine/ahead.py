@@ -67,7 +67,8 @@ class AheadRunner(PagedRunner):
             return None
         device = self._tokens.device
         # From pinned memory: any other copy would wait for the step in flight.
-        ends, rows = torch.tensor(places, pin_memory=device.type == "cuda").to(device, non_blocking=True).unbind(-1)
+        pinned = torch.tensor(places, dtype=torch.long, pin_memory=device.type == "cuda")
+        ends, rows = pinned.to(device, non_blocking=True).unbind(-1)
         # A row that failed has no token; its next one is for nothing, but must not be looked up out of bounds.
         return ends, self._tokens[rows].clamp(min=0)
 

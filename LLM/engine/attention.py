@@ -176,8 +176,8 @@ class Step:
         """Give [copies * n, length], true where a query may look; the queries are the newest n tokens, several times."""
         known = (n, copies, length, window)
         if known not in self._masks:
-            position = torch.arange(length - n, length, device=self.slots.device).repeat(copies)[:, None]
-            other = torch.arange(length, device=self.slots.device)[None]
+            other = torch.arange(length, dtype=torch.long, device=self.slots.device)[None]
+            position = other[0, length - n :].repeat(copies)[:, None]
             mask = other <= position
             self._masks[known] = mask if window is None else mask & (other > position - window)
         return self._masks[known]
@@ -196,16 +196,16 @@ class Step:
 
     def _group(self, length: int, rows: Sequence[Row], alone: bool, window: int | None) -> Group:
         device, size = self.slots.device, self.cache.block_size
-        lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
+        lengths = torch.tensor([row.length for row in rows], dtype=torch.long, device=device)[:, None]
         visible = lengths if window is None else lengths.clamp(max=window)
-        offsets = torch.arange(length, device=device)[None]
+        offsets = torch.arange(length, dtype=torch.long, device=device)[None]
         # A shorter sequence repeats its last token, unseen: what is in another's blocks, or in none, may be no number.
         positions = torch.minimum(lengths - visible + offsets, lengths - 1)
         blocks = pad_sequence([row.blocks for row in rows], batch_first=True)
         tokens = (blocks.gather(1, positions // size) * size + positions % size).flatten()
         uneven = any(min(row.length, length) < length for row in rows)
         mask = (offsets < visible)[:, None, None] if uneven else None
-        places = None if alone else torch.tensor([row.first for row in rows], device=device)
+        places = None if alone else torch.tensor([row.first for row in rows], dtype=torch.long, device=device)
         # Where a stream that runs alone has its blocks side by side, as it often does, nothing has to be copied.
         if alone and len(rows) == 1 and device.type == "cpu" and bool((tokens.diff() == 1).all()):
             return Group(1, places, slice(int(tokens[0]), int(tokens[-1]) + 1), mask)

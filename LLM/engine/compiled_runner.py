@@ -68,7 +68,8 @@ class CompiledRunner(PagedRunner):
         if self._compiled is None or len(batch) > 1 or batch[0].stop - batch[0].start > 1:
             return super().forward(batch, ends)
         with attending(self._describe(batch)):
-            logits: Tensor = self._compiled(self.input_ids(batch)[None], torch.tensor([[batch[0].start]]))
+            start = torch.tensor([[batch[0].start]], dtype=torch.long)
+            logits: Tensor = self._compiled(self.input_ids(batch)[None], start)
         return logits[0]
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:

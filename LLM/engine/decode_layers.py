@@ -96,7 +96,7 @@ def _fits(layer: nn.Module) -> bool:
 
 
 def _is_silu(function: nn.Module) -> bool:
-    probe = torch.linspace(-9, 9, 64)
+    probe = torch.linspace(-9, 9, 64, dtype=torch.float32)
     return torch.allclose(function(probe), silu(probe))
 
 

@@ -96,9 +96,9 @@ def _logits(model: Any) -> Tensor:
     ids = [(7919 * i + 11) % config.vocab_size for i in range(PROBE)]
     # At the end of what the model knows, where those attend differently that do so far from the start.
     last = getattr(config, "max_position_embeddings", PROBE)
-    positions = torch.arange(last - PROBE, last, device=model.device)[None]
+    positions = torch.arange(last - PROBE, last, dtype=torch.long, device=model.device)[None]
     logits: Tensor = model(
-        input_ids=torch.tensor([ids], device=model.device), position_ids=positions, use_cache=False
+        input_ids=torch.tensor([ids], dtype=torch.long, device=model.device), position_ids=positions, use_cache=False
     ).logits
     return logits.float()
 
@@ -255,7 +255,8 @@ def _rms_norm(norm: nn.Module) -> RMSNorm | None:
     if not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
     # So small that epsilon matters too.
-    probe = torch.linspace(-2e-3, 3e-3, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
+    probe = torch.linspace(-2e-3, 3e-3, 2 * weight.numel(), dtype=torch.float32, device=weight.device)
+    probe = probe.view(2, -1).to(weight.dtype)
     expected = norm(probe)
     for scale in (weight, 1 + weight):
         fused = RMSNorm(scale, eps)

@@ -167,7 +167,7 @@ class PackedLinear(nn.Module):
         # Less than its smallest number is 0 to float16, which is nothing beside the others; more than its largest is not.
         if not weight.half().isfinite().all():
             return 0
-        bias = torch.zeros(weight.shape[0]) if self.bias is None else self.bias.float()
+        bias = torch.zeros(weight.shape[0], dtype=torch.float32) if self.bias is None else self.bias.float()
         self._one_row = FBGEMM.wrapped_fbgemm_pack_gemm_matrix_fp16(weight.float()), bias
         return weight.nbytes
 

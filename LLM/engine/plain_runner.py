@@ -79,6 +79,7 @@ class PlainRunner:
         if part.start == 0:
             self._caches[sequence.request.key] = DynamicCache(config=self._model.config)
         cache = self._caches[sequence.request.key]
-        ids = torch.tensor([sequence.token_ids[part.start : part.stop]], device=self._model.device)
+        part_ids = [sequence.token_ids[part.start : part.stop]]
+        ids = torch.tensor(part_ids, dtype=torch.long, device=self._model.device)
         logits: Tensor = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[0, -1]

@@ -84,10 +84,10 @@ class PagedRunner:
         positions = [position for part in batch for position in range(part.start, part.stop)]
         output = self._model(
             input_ids=self.input_ids(batch)[None],
-            position_ids=torch.tensor([positions], device=device),
+            position_ids=torch.tensor([positions], dtype=torch.long, device=device),
             use_cache=False,
             # Nothing is asked for when no prompt ends in this step, but 0 would mean everything.
-            logits_to_keep=torch.tensor(ends or [0], device=device),
+            logits_to_keep=torch.tensor(ends or [0], dtype=torch.long, device=device),
             step=self._describe(batch),
         )
         logits: Tensor = output.logits[0]
@@ -96,7 +96,7 @@ class PagedRunner:
     def input_ids(self, batch: list[Slice]) -> Tensor:
         """Give the ids of the packed row, [tokens]."""
         ids = [token_id for part in batch for token_id in part.sequence.token_ids[part.start : part.stop]]
-        return torch.tensor(ids, device=self._model.device)
+        return torch.tensor(ids, dtype=torch.long, device=self._model.device)
 
     def _describe(self, batch: list[Slice]) -> Step:
         size, device = self.block_size, self._model.device
@@ -105,10 +105,10 @@ class PagedRunner:
             blocks = part.sequence.blocks
             slots += [blocks[position // size] * size + position % size for position in range(part.start, part.stop)]
             last = first + part.stop - part.start
-            used = torch.tensor(blocks[: -(-part.stop // size)], device=device)
+            used = torch.tensor(blocks[: -(-part.stop // size)], dtype=torch.long, device=device)
             rows.append(Row(first, last, part.stop, used))
             first = last
-        return Step(self._cache, torch.tensor(slots, device=device), tuple(rows))
+        return Step(self._cache, torch.tensor(slots, dtype=torch.long, device=device), tuple(rows))
 
 
 def ends_of(batch: list[Slice]) -> list[int]:
@@ -153,7 +153,7 @@ class Probe:
     def __init__(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
         self._ids = tuple((7919 * i + 11) % vocabulary for i in range(PROBE[-1]))
-        ids = torch.tensor([self._ids], device=model.device)
+        ids = torch.tensor([self._ids], dtype=torch.long, device=model.device)
         self._expected = model(input_ids=ids, use_cache=False).logits[0, -1]
         self._tolerance = tolerance(model)
 

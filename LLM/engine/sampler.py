@@ -24,7 +24,7 @@ SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # what is smaller may be
 
 
 NOTHING = TokenCounts()  # in the place of the counts of a row without penalties, which are not kept up
-NONE = torch.empty(0, 0)  # log probabilities that nobody asked for
+NONE = torch.empty(0, 0, dtype=torch.float32)  # log probabilities that nobody asked for
 UNUSABLE = -1  # in the place of a token where the logits are no numbers
 
 
@@ -109,8 +109,8 @@ def _draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     settings = [s.request.sampling for s in sequences]
     # From the largest down, so that no temperature, however small, makes a number too large.
     scores = scores - scores.amax(-1, keepdim=True)
-    scores /= _column([max(s.temperature, SMALLEST_TEMPERATURE) for s in settings], scores)
-    u = _column([uniform(s.request.sampling.seed, s.completion_tokens) for s in sequences], scores)
+    scores /= _column([max(s.temperature, SMALLEST_TEMPERATURE) for s in settings], scores, torch.float32)
+    u = _column([uniform(s.request.sampling.seed, s.completion_tokens) for s in sequences], scores, torch.float32)
     tokens = torch.empty(len(sequences), dtype=torch.long, device=scores.device)
     # Nothing to leave out: no order is needed, the ids' own will do.
     plain = [i for i, s in enumerate(settings) if s.top_k == 0 and s.top_p == 1 and s.min_p == 0]
@@ -139,16 +139,17 @@ def _kept(top: Tensor, total: Tensor, settings: list[Sampling]) -> tuple[Tensor,
     vocabulary, whose exponentiated scores add up with these to the exponential of `total`, could not change them.
     """
     width = top.shape[-1]
-    unlimited = _column([s.top_k == 0 for s in settings], top)
-    in_k = unlimited | (torch.arange(width, device=top.device) < _column([s.top_k for s in settings], top))
+    unlimited = _column([s.top_k == 0 for s in settings], top, torch.bool)
+    places = torch.arange(width, dtype=torch.long, device=top.device)
+    in_k = unlimited | (places < _column([s.top_k for s in settings], top, torch.long))
     # Of what top_k leaves, the probabilities are those of the softmax over it.
     of_k = top.masked_fill(~in_k, -torch.inf).logsumexp(-1, keepdim=True)
     probabilities = (top - torch.where(unlimited, total, of_k)).exp() * in_k
     # A token stays while those before it hold less than top_p.
-    keep = probabilities.cumsum(-1) - probabilities < _column([s.top_p for s in settings], top)
-    keep &= probabilities >= _column([s.min_p for s in settings], top) * probabilities[:, :1]
+    keep = probabilities.cumsum(-1) - probabilities < _column([s.top_p for s in settings], top, torch.float32)
+    keep &= probabilities >= _column([s.min_p for s in settings], top, torch.float32) * probabilities[:, :1]
     keep[:, 0] = True  # the likeliest always stays, whatever rounding says
-    cut_by_k = _column([0 < s.top_k <= width for s in settings], top)
+    cut_by_k = _column([0 < s.top_k <= width for s in settings], top, torch.bool)
     cut_by_share = unlimited & ~keep[:, -1:]
     return probabilities * keep, (cut_by_k | cut_by_share)[:, 0]
 
@@ -169,7 +170,7 @@ def _edited(raw: Tensor, sequences: list[Sequence]) -> Tensor:
     settings = [s.request.sampling for s in sequences]
     if any(s.logit_bias for s in settings):
         rows, ids = _places((s.logit_bias for s in settings), scores)
-        scores[rows, ids] += torch.tensor([b for s in settings for b in s.logit_bias.values()], device=scores.device)
+        scores[rows, ids] += _tensor([b for s in settings for b in s.logit_bias.values()], scores, torch.float32)
     _penalise_repetition(scores, sequences)
     _penalise_counts(scores, sequences)
     held = [() if s.completion_tokens >= s.request.min_tokens else s.request.end_token_ids for s in sequences]
@@ -190,7 +191,7 @@ def _penalise_repetition(scores: Tensor, sequences: list[Sequence]) -> None:
         return
     none = array("q")
     rows, ids = _places([none if p == 1 else s.counts().seen for s, p in zip(sequences, penalties, strict=True)], scores)
-    penalty, seen = torch.tensor(penalties, device=scores.device)[rows], scores[rows, ids]
+    penalty, seen = _tensor(penalties, scores, torch.float32)[rows], scores[rows, ids]
     scores[rows, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
 
 
@@ -201,14 +202,15 @@ def _penalise_counts(scores: Tensor, sequences: list[Sequence]) -> None:
         return
     counts = [s.counts() if any(own) else NOTHING for s, own in zip(sequences, penalties, strict=True)]
     rows, ids = _places([c.made for c in counts], scores)
-    presence, frequency = torch.tensor(penalties, device=scores.device)[rows].unbind(-1)
+    presence, frequency = _tensor(penalties, scores, torch.float32)[rows].unbind(-1)
     scores[rows, ids] -= presence + frequency * _joined([c.times for c in counts]).to(scores.device)
 
 
 def _places(ids: Iterable[Iterable[int]], like: Tensor) -> tuple[Tensor, Tensor]:
     """Give (rows, columns) of the ids listed for each row; within a row none twice, so that they can be written to."""
     arrays = [some if isinstance(some, array) else array("q", some) for some in ids]
-    rows = torch.arange(len(arrays)).repeat_interleave(torch.tensor([len(some) for some in arrays]))
+    counts = torch.tensor([len(some) for some in arrays], dtype=torch.long)
+    rows = torch.arange(len(arrays), dtype=torch.long).repeat_interleave(counts)
     return rows.to(like.device), _joined(arrays).to(like.device)
 
 
@@ -229,5 +231,10 @@ def _logprobs(raw: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat([own, ids], -1), torch.cat([logprobs.gather(-1, own), top], -1)
 
 
-def _column(values: list[float] | list[int] | list[bool], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)[:, None]
+def _column(values: list[float] | list[int] | list[bool], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return _tensor(values, like, dtype)[:, None]
+
+
+def _tensor(values: object, like: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch's default dtype is the process's, and changes while another model is loaded.
+    return torch.tensor(values, dtype=dtype, device=like.device)
