@@ -15,6 +15,7 @@ COPY wsserver_mqtt/__init__.py wsserver_mqtt/
 COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
 COPY LLM/engine/__init__.py LLM/engine/
+COPY LLM/engine/scheduling/__init__.py LLM/engine/scheduling/
 RUN pip install --constraint constraints.txt --editable ".[mqtt]"
 
 COPY LLM LLM
