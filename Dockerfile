@@ -17,6 +17,7 @@ COPY LLM/__init__.py LLM/
 COPY LLM/chat/__init__.py LLM/chat/
 COPY LLM/engine/__init__.py LLM/engine/
 COPY LLM/loading/__init__.py LLM/loading/
+COPY LLM/engine/scheduling/__init__.py LLM/engine/scheduling/
 RUN pip install --constraint constraints.txt --editable ".[mqtt]"
 
 COPY LLM LLM

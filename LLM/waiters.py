@@ -5,15 +5,15 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from LLM.engine.clock import Clock
-from LLM.engine.line import Line
 from LLM.engine.retry import bounded
+from LLM.engine.scheduling.fair_queue import FairQueue
 from LLM.errors import Refused
 
 
 class Waiter:
     """One who waits for a load: told of its progress, and of his place in line if he stands in it.
 
-    The line is fair between owners.
+    The line is fair between owners, and between the users of each.
     """
 
     def __init__(
@@ -21,10 +21,12 @@ class Waiter:
         on_progress: Callable[[str, float], None] | None = None,
         on_position: Callable[[int], None] | None = None,
         owner: Hashable = None,
+        user: Hashable = None,
     ) -> None:
         self.on_progress = on_progress
         self.on_position = on_position
         self.owner = owner
+        self.user = user
 
 
 class Waiters:
@@ -36,7 +38,7 @@ class Waiters:
         self._began = clock.now()
         # Each with what turns it away.
         self._turned_away: dict[Waiter, asyncio.Future[Refused]] = {}
-        self._line: Line[Waiter] = Line()
+        self._line: FairQueue[Waiter] = FairQueue()
         self._telling = False
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class Waiters:
                 waiter.on_progress(stage, done)
 
     def _join_line(self, waiter: Waiter) -> None:
-        self._line.join(waiter, waiter.owner)
+        self._line.join(waiter, waiter.owner, waiter.user)
         last = self._line.last
         if last and len(self._line) > self._max_queue:
             self._line.leave(last)

@@ -51,7 +51,9 @@ async def _serve(
             prepare = _prepare(message, session, models, spec, job, use)
             model, request = await until_stopped(job, prepare, deadline - time.monotonic())
             scope = "" if session.server.config.share_prefixes else ":".join(session.owner)
-            request = replace(request, owner=session.id, deadline=deadline, cache_scope=scope)
+            request = replace(
+                request, owner=session.owner, user=_user(message, session), deadline=deadline, cache_scope=scope
+            )
             request = _within_limits(request, message, session)
             await _stream(model, request, job, session, _Answer(job.id, spec.model, read_at))
     except Stopped:
@@ -71,7 +73,8 @@ async def _prepare(
     def on_position(position: int) -> None:
         job.send(Queued(id=job.id, position=position))
 
-    model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position, owner=session.id)))
+    waiter = Waiter(on_position=on_position, owner=session.owner, user=_user(message, session))
+    model = await use.enter_async_context(models.use(spec, waiter))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     _log_content(session, job, "asks", prompt)
     bounds = Reading(session.server.config.max_prompt_tokens or sys.maxsize, _field(message))
@@ -80,6 +83,11 @@ async def _prepare(
         return model, await model.request(key, prompt, _options(message), bounds, session.owner)
     finally:
         job.read(bounds.tokens)
+
+
+def _user(message: Generate, session: Session) -> str | None:
+    """Return which of a key's users asks. Behind one address there is no one who could vouch for a user."""
+    return None if session.key is None else message.user or session.user
 
 
 def _within_limits(request: engine.GenerationRequest, message: Generate, session: Session) -> engine.GenerationRequest:

@@ -17,7 +17,7 @@ from LLM.model_service import Keeping, ModelService
 from tests.asked import Asked, Resumable
 from tests.checker import Checker
 from wsserver.__main__ import engine_settings, load_options
-from wsserver.auth import Keys
+from wsserver.auth import Keys, digest
 from wsserver.config import Config
 from wsserver.server import Server
 
@@ -121,11 +121,20 @@ class Running:
         self.url = f"{'wss' if server.tls else 'ws'}://127.0.0.1:{server.port}/ws"
         self.resumable: Resumable = {}  # by any client
 
+    def client_of(self, name: str) -> "contextlib.AbstractAsyncContextManager[Client]":
+        """Connect with the key of one of `keyed`."""
+        return self.client(additional_headers={"Authorization": f"Bearer {name}"})
+
     @contextlib.asynccontextmanager
     async def client(self, **options: Any) -> AsyncIterator[Client]:
         """Connect a client."""
         async with connect(self.url, compression=None, **options) as socket:
             yield Client(socket, self.resumable)
+
+
+def keyed(*names: str) -> Keys:
+    """Give keys that read like the names of their owners."""
+    return Keys({name: digest(name) for name in names})
 
 
 @contextlib.asynccontextmanager

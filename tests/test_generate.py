@@ -10,7 +10,7 @@ from LLM.engine.pacing import FIRST_GUESS
 from LLM.engine.request import Sampled
 from LLM.engine.sequence import Slice
 from LLM.model_srv_wsserver_echo import ModelHandler
-from tests.conftest import Client, eventually
+from tests.conftest import Client, eventually, keyed
 from tests.scripted import Gate, SetClock, in_engine, scripted
 
 CONTEXT = 65536  # the echo model's
@@ -243,7 +243,12 @@ async def test_a_long_prompt_does_not_hold_up_a_running_generation() -> None:
 
 
 async def test_who_waits_is_told_its_place_and_every_change_of_it() -> None:
-    async with scripted(max_active=1) as (server, model), server.client() as a, server.client() as b, server.client() as c:
+    async with (
+        scripted(max_active=1, keys=keyed("a", "b", "c")) as (server, model),
+        server.client_of("a") as a,
+        server.client_of("b") as b,
+        server.client_of("c") as c,
+    ):
         await a.send(type="generate", id="a", prompt="aaaa")
         await model.in_step(1)
         for number, (waiting, id) in enumerate([(b, "b1"), (c, "c1"), (b, "b2"), (c, "c2")], 2):

@@ -161,7 +161,13 @@ def _face(config: Config, server: Server, keys: Keys, models: ModelService) -> A
 
 def engine_settings(config: Config) -> EngineSettings:
     """Give how models run once they are loaded."""
-    return EngineSettings(config.max_active, config.prefill_stretch, config.max_queue, config.step_timeout)
+    return EngineSettings(
+        config.max_active,
+        config.prefill_stretch,
+        config.max_queue,
+        config.step_timeout,
+        config.max_active_per_client,
+    )
 
 
 def load_options(config: Config) -> LoadOptions:

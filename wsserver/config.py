@@ -61,6 +61,7 @@ class Config:
     quantization: str = "none"
     offload: bool = False
     max_active: int = 8
+    max_active_per_client: int | None = None
     memory: int | None = None
     kv_memory: int | None = None
     keep_alive: float | None = None

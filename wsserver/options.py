@@ -99,6 +99,12 @@ GROUPS = {
         ),
         Option("max-active", values.positive, "N", "generations that run at once on a model; more wait in line"),
         Option(
+            "max-active-per-client",
+            values.positive_or_auto,
+            "N",
+            "of these, those of one client while others wait; auto is half",
+        ),
+        Option(
             "memory",
             values.size_or_auto,
             "SIZE",

@@ -117,6 +117,7 @@ class Generate(_Message):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     ignore_eos: bool | None = None
     resumable: bool | None = None
+    user: Id | None = None
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):

@@ -136,6 +136,7 @@ class Session:
     max_open: int = 256
     max_bad_messages: int = 32
     address: Owner = field(default_factory=lambda: address_of(None))
+    user: str | None = None  # for whom all requests of this connection are that name nobody
     # The inits, oldest first, that may yet say which model the next generate uses: the last one that led to a loaded model
     # (the first of all asks for the server's default), and those read after it that have not failed.
     _inits: list[Init] = field(default_factory=lambda: [Init()])

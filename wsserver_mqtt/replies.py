@@ -48,12 +48,12 @@ class Replies:
         key = self._key(message, now)
         owner = Owner("mqtt", message.user) if key is None else Owner("key", key)
         if key is None and self._keys.required:
-            self._make(message.reply, owner, key, self._dispatch).hear(message)  # which refuses whatever it says
+            self._make(message, owner, key, self._dispatch).hear(message)  # which refuses whatever it says
             return
         try:
-            reply = self._find(message.reply, owner, key, now)
+            reply = self._find(message, owner, key, now)
         except Refusal as refusal:
-            self._make(message.reply, owner, key, _refusing(refusal)).hear(message)
+            self._make(message, owner, key, _refusing(refusal)).hear(message)
         else:
             reply.hear(message)
 
@@ -82,19 +82,20 @@ class Replies:
             log.warning("%.200a: a wrong key", message.reply)
         return key
 
-    def _find(self, topic: str, owner: Owner, key: str | None, now: float) -> Reply:
-        place = (topic, owner)
+    def _find(self, message: Incoming, owner: Owner, key: str | None, now: float) -> Reply:
+        place = (message.reply, owner)
         if place not in self._replies:
             self._make_room(owner, now)
-            self._replies[place] = self._make(topic, owner, key, self._dispatch)
+            self._replies[place] = self._make(message, owner, key, self._dispatch)
             self._server.guests.add(self._replies[place])
         self._replies.move_to_end(place)
         return self._replies[place]
 
-    def _make(self, topic: str, owner: Owner, key: str | None, dispatch: Dispatch) -> Reply:
+    def _make(self, message: Incoming, owner: Owner, key: str | None, dispatch: Dispatch) -> Reply:
         state = self._server.state
-        session = Session(secrets.token_urlsafe(9), state, key, self._config.max_requests_per_connection, address=owner)
-        return Reply(topic, session, self._server.resumables, self._answered, dispatch, self._on_news)
+        open_at_most = self._config.max_requests_per_connection
+        session = Session(secrets.token_urlsafe(9), state, key, open_at_most, address=owner, user=message.user or None)
+        return Reply(message.reply, session, self._server.resumables, self._answered, dispatch, self._on_news)
 
     def _make_room(self, owner: Owner, now: float) -> None:
         """See that there is room for one more; the one that was used longest ago leaves.

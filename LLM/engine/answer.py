@@ -30,6 +30,11 @@ class Answer:
         self._started: float | None = None
         self._first_token: float | None = None
 
+    @property
+    def ran(self) -> float:
+        """How many seconds ago it started, 0.0 if it did not."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
     def start(self) -> Started:
         """Begin its prefill."""
         self._started = time.monotonic()

@@ -81,6 +81,10 @@ class BlockPool:
             taken.append(block)
         return taken
 
+    def has(self, count: int, beside: Sequence[int] = ()) -> bool:
+        """Whether so many blocks could be taken if those `beside` were shared first."""
+        return count <= len(self._free) - sum(block in self._free for block in beside)
+
     def remember(self, block: int, block_hash: Hash) -> None:
         """Make a full block findable. Of two with the same content the first stays the one that is found."""
         if block_hash not in self._by_hash:

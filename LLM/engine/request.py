@@ -34,8 +34,9 @@ class GenerationRequest:
     `key` names the request to the engine and must be unique among those open. `end_token_ids` end the text and are
     never shown; they, and they alone, are held off until `min_tokens` tokens exist. `logprobs` is how many alternatives to
     tell with each token's log probability, None for no log probabilities at all. At `deadline`, in seconds of the
-    monotonic clock, the request ends wherever it is. `owner` is whose request it is: the line is fair between owners. What
-    it leaves in the KV cache is found by requests of the same `cache_scope` alone.
+    monotonic clock, the request ends wherever it is. `owner` is whose request it is, and `user` for which of the owner's
+    users: the line is fair between owners, and between the users of each. What it leaves in the KV cache is found by
+    requests of the same `cache_scope` alone.
     """
 
     key: Hashable
@@ -48,6 +49,7 @@ class GenerationRequest:
     logprobs: int | None = None
     deadline: float | None = None
     owner: Hashable = None
+    user: Hashable = None
     cache_scope: str = ""
 
     @property

@@ -1,5 +1,7 @@
 """When somebody who was turned away should come again. Pure: it is told the times, in seconds."""
 
+from collections.abc import Sequence
+
 from LLM.engine.pacing import FadingMean
 
 UNMEASURED = 1.0  # what is told before any request has run
@@ -16,9 +18,15 @@ class RetryAfter:
         """Learn from a request that ran for so long."""
         self._running.add(seconds, 1)
 
-    def guess(self, place: int, capacity: int) -> float:
-        """Say how long it takes until the one in this place of the line would be served, `capacity` at once."""
-        return UNMEASURED if self._running.value is None else bounded(self._running.value * place / capacity)
+    def guess(self, place: int, capacity: int, running: Sequence[float] = ()) -> float:
+        """Say how long it takes until the one in this place of the line would be served, `capacity` at once.
+
+        `running` are the seconds for which those that run have run so far: they take that long, whatever others took.
+        """
+        so_far = sum(running) / len(running) if running else 0.0
+        if self._running.value is None and not so_far:
+            return UNMEASURED
+        return bounded(max(self._running.value or 0.0, so_far) * place / capacity)
 
 
 def bounded(seconds: float) -> float:

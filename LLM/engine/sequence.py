@@ -57,6 +57,7 @@ class Sequence:
     # Whether its prefill ever began: one that was preempted begins again, but is announced once.
     began: bool = False
     cached_tokens: int = 0
+    charged: int = 0  # how many of its tokens were counted as served to its owner, or found in the cache
     _counts: TokenCounts = field(default_factory=TokenCounts)
     _hashes: list[Hash] = field(default_factory=list)
 

@@ -33,13 +33,15 @@ FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; tr
 class EngineSettings:
     """How an operator wants a model to run: so many sequences at once, and so much longer a step that prefills too.
 
-    No more than `max_queue` requests wait for their turn. A step that takes longer than `step_timeout` seconds hangs.
+    No more than `max_queue` requests wait for their turn. A step that takes longer than `step_timeout` seconds hangs. While
+    others wait, one owner runs at most `max_active_per_client` sequences, None for half of the capacity.
     """
 
     capacity: int = 8
     prefill_stretch: float = 3.0
     max_queue: int = 256
     step_timeout: float = 120.0
+    max_active_per_client: int | None = None
 
 
 class Worker:
@@ -61,7 +63,14 @@ class Worker:
         self._pacing = Pacing(runner.max_prefill, settings.prefill_stretch)
         pool = BlockPool(runner.block_count, runner.block_size)
         self._capacity = settings.capacity
-        self._scheduler = Scheduler(settings.capacity, pool, self._pacing, settings.max_queue, runner.reuses_blocks)
+        self._scheduler = Scheduler(
+            settings.capacity,
+            pool,
+            self._pacing,
+            settings.max_queue,
+            runner.reuses_blocks,
+            settings.max_active_per_client,
+        )
         self._retry = RetryAfter()
         self._answers: dict[Hashable, Answer] = {}
         self._inbox = inbox
@@ -241,7 +250,10 @@ class Worker:
             self._turn_away(surplus)
 
     def _turn_away(self, sequence: Sequence) -> None:
-        seconds = self._retry.guess(len(self._scheduler.waiting), self._scheduler.capacity)
+        # A new try is taken once the next one of its owner's has left the line.
+        place = self._scheduler.place_of_owner(sequence)
+        running = [self._answers[key].ran for key in self._scheduler.running]
+        seconds = self._retry.guess(place, self._scheduler.capacity, running)
         message = f"{self._scheduler.max_queue} requests may wait for this model, and they do; try again in {seconds:.1f} s"
         self._finish(sequence.request.key, "error", ("overloaded", message), seconds)
 

@@ -63,6 +63,7 @@ class Parameters(TypedDict, total=False):
     stop_token_ids: list[int]
     logprobs: int
     ignore_eos: bool
+    user: str
 
 
 class Reason(Struct, kw_only=True):

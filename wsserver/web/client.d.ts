@@ -55,6 +55,7 @@ export interface Sampling {
   stop_token_ids?: number[];
   logprobs?: number;
   ignore_eos?: boolean;
+  user?: string;
 }
 
 export type GenerateRequest = Sampling & {
