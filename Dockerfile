@@ -11,6 +11,7 @@ WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY wsserver/__init__.py wsserver/
 COPY wsserver/client/__init__.py wsserver/client/
+COPY wsserver/sessions/__init__.py wsserver/sessions/
 COPY wsserver_mqtt/__init__.py wsserver_mqtt/
 COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
@@ -18,6 +19,8 @@ COPY LLM/chat/__init__.py LLM/chat/
 COPY LLM/engine/__init__.py LLM/engine/
 COPY LLM/loading/__init__.py LLM/loading/
 COPY LLM/engine/scheduling/__init__.py LLM/engine/scheduling/
+COPY LLM/catalogue/__init__.py LLM/catalogue/
+COPY LLM/lifecycle/__init__.py LLM/lifecycle/
 RUN pip install --constraint constraints.txt --editable ".[mqtt]"
 
 COPY LLM LLM

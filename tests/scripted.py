@@ -263,13 +263,13 @@ def put(models: ModelService, name: str, model: ScriptedModel | None = None) -> 
 
 
 @contextlib.asynccontextmanager
-async def slow_client(server: Running) -> AsyncIterator[Client]:
+async def slow_client(server: Running, **options: Any) -> AsyncIterator[Client]:
     """Connect a client with little room for unread bytes, so that it is soon felt when it does not read."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.server.port))
-        async with server.client(sock=sock) as client:
+        async with server.client(sock=sock, **options) as client:
             try:
                 yield client
             finally:

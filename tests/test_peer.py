@@ -22,6 +22,12 @@ class NoLink:
     def push(self, frame: ServerMessage) -> None:
         pass
 
+    def has_room(self, frame: ServerMessage) -> bool:
+        return True
+
+    def give_up(self, why: str) -> None:
+        pass
+
     def drop_tokens(self, id: str) -> None:
         pass
 

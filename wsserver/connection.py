@@ -94,6 +94,10 @@ class Connection:
         if self.once and isinstance(frame, Done) and not self._leaver:
             self._leaver = asyncio.create_task(self._leave())
 
+    def has_room(self, frame: ServerMessage) -> bool:
+        """Whether a frame may be pushed now; one that may not waits until the outbox is empty."""
+        return self._closer is not None or self._outbox.has_room(frame)
+
     def drop_tokens(self, id: str) -> None:
         """Forget the tokens of an id that are not sent yet."""
         self._outbox.drop_tokens(id)
@@ -149,10 +153,14 @@ class Connection:
                     self._receive(data)
                 # Many that came at once are read without a wait; others have their turn all the same.
                 await asyncio.sleep(0)
-                if len(self._outbox) > MAX_UNREAD_FRAMES and not self._writer.done():
+                if self._leaves_answers_unread and not self._writer.done():
                     await self._all_written.wait()
         except ConnectionClosed:
             pass  # the usual end of many clients: a tab closed, a network gone
+
+    @property
+    def _leaves_answers_unread(self) -> bool:
+        return len(self._outbox) > MAX_UNREAD_FRAMES or self._outbox.answer_bytes > self._outbox.max_bytes // 2
 
     def _receive(self, text: str) -> None:
         try:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from wsserver.limits import Account, Bill
+from wsserver.limits import Account, Bill, Owner
 from wsserver.protocol import (
     Done,
     Error,
@@ -56,8 +56,12 @@ class Keeper(Protocol):
         """Keep a job from now on; give the token that finds it."""
         ...
 
-    def grew(self, by: int) -> None:
-        """Be told that a kept transcript takes so many bytes more."""
+    def grew(self, job: "Job", by: int) -> None:
+        """Be told that a kept job's transcript takes so many bytes more."""
+        ...
+
+    def moved(self, job: "Job") -> None:
+        """Be told that a kept job has another listener."""
         ...
 
     def let_go(self, job: "Job") -> None:
@@ -76,12 +80,12 @@ class Job:
         listener: Listener,
         keeper: Keeper,
         account: Account,
-        key: str | None,
+        owner: Owner,
     ) -> None:
         self.id = id
         # Which one of its client's it is. The id does not tell: it is free again there once the job was taken up elsewhere.
         self.number = number
-        self.key = key  # without which nobody may take it up again
+        self.owner = owner  # its key is needed to take it up again
         self.ended = False
         self.task: asyncio.Task[None]
         # What was said, where somebody may want it again, or where it is to be told in the end alone.
@@ -91,7 +95,8 @@ class Job:
         # Whether it outlives its connection: from when its token is told until it is forgotten.
         self.kept = False
         self._generates = isinstance(message, Generate)
-        self._bill = Bill(account) if self._generates else None
+        self._bill = Bill(account)
+        self._done: Done | None = None
         self._streams = streams
         self._resumable = resumable
         self._keeper = keeper
@@ -181,8 +186,8 @@ class Job:
     def listen(self, listener: Listener | None, live: bool = True) -> None:
         """Let somebody else, or nobody, hear what it says from now on; one who is not `live` reads the transcript first."""
         self._listener, self._live, self._unheard = listener, live, 0
-        if listener is None and self.kept:
-            self._keeper.let_go(self)
+        if self.kept:
+            (self._keeper.let_go if listener is None else self._keeper.moved)(self)
 
     @property
     def listener(self) -> Listener | None:
@@ -205,7 +210,17 @@ class Job:
 
     def after(self, seq: int, max_bytes: int) -> Token | Done | None:
         """Give the frame that follows `seq`, of some `max_bytes`; None if it is still to come."""
-        return self.transcript.after(seq, max_bytes) if self.transcript else None
+        return self.transcript.after(seq, max_bytes) if self.transcript else self._done
+
+    @property
+    def tokens(self) -> int:
+        """The `seq` behind all tokens so far; only its end follows there once it has ended."""
+        return self.transcript.tokens if self.transcript else 0
+
+    @property
+    def key(self) -> str | None:
+        """The name of the key with which it was asked for."""
+        return self.owner.name if self.owner.kind == "key" else None
 
     def forget(self) -> None:
         """Be kept no longer: it ends with its connection again, and at once if nobody listens."""
@@ -219,8 +234,7 @@ class Job:
 
     def _begin(self, frame: Started) -> Started:
         self._usage.prompt_tokens, self._usage.cached_tokens = frame.prompt_tokens, frame.cached_tokens
-        if self._bill:
-            self._bill.start()
+        self._bill.start()
         self._charge(self._usage)
         if not self._resumable or self._listener is None:  # who left before it began cannot come back for it
             return frame
@@ -243,15 +257,13 @@ class Job:
         size = self.transcript.size
         change()
         if self.kept:
-            self._keeper.grew(self.transcript.size - size)
+            self._keeper.grew(self, self.transcript.size - size)
 
     def _charge(self, usage: Usage) -> None:
-        if self._bill:
-            self._bill.charge(usage.prompt_tokens + usage.completion_tokens, time.monotonic())
+        self._bill.charge(usage.prompt_tokens + usage.completion_tokens, time.monotonic())
 
     def _settle(self, _: object = None) -> None:
-        if self._bill:
-            self._bill.settle()
+        self._bill.settle()
 
     def _end(self, frame: Done) -> Done:
         self._charge(frame.usage)
@@ -259,7 +271,8 @@ class Job:
             frame = stopped(frame, self._stop_reason, time.monotonic() - self._stopped_at)
         elif self._overrun and frame.finish_reason == "cancelled":
             frame = replace(frame, finish_reason="length")  # it reached the bound of what may be made for nobody
-        return self.transcript.end(frame) if self.transcript else frame
+        self._done = self.transcript.end(frame) if self.transcript else frame
+        return self._done
 
     async def _run(self, serve: "Callable[[Job], Coroutine[None, None, None]]") -> None:
         try:

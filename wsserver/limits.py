@@ -22,6 +22,9 @@ FRAMES_PER_MESSAGE = 4
 # For how many characters, and for how many brackets, a message counts once more: what takes long to read.
 LONG_MESSAGE = 4096
 MANY_BRACKETS = 256
+# Bytes of resumed answers that count like a message, in a bucket of their own: the messages of a client that has resumed a long
+# answer are not refused.
+REPLAYED_BYTES = 4096
 # Clients that are remembered; those who have nothing here go first.
 REMEMBERED = 10_000
 
@@ -87,6 +90,7 @@ class Account:
         self.handshakes = bucket(config.handshakes_per_second)
         self.messages = bucket(CONNECTIONS_HEARD * config.messages_per_second)
         self.frames = bucket(CONNECTIONS_HEARD * FRAMES_PER_MESSAGE * config.messages_per_second)
+        self.replays = bucket(CONNECTIONS_HEARD * config.messages_per_second)
         self.tokens = TokenBucket(config.tokens_per_minute / 60, config.tokens_per_minute)
         self._config = config
 
@@ -175,11 +179,16 @@ class Accounts:
         self.connections -= 1
 
     def _make_room(self) -> None:
-        # Whoever was seen longest ago of those who have nothing here is forgotten, with what he owes.
-        if len(self._accounts) >= REMEMBERED:
-            gone = next((owner for owner, account in self._accounts.items() if not account.used), None)
-            if gone is not None:
-                del self._accounts[gone]
+        # Of those that have nothing here the one seen longest ago is forgotten, with what it owes. The others go behind it,
+        # so that the next search does not meet them again.
+        if len(self._accounts) < REMEMBERED:
+            return
+        for _ in range(len(self._accounts)):
+            oldest, account = next(iter(self._accounts.items()))
+            if not account.used:
+                del self._accounts[oldest]
+                return
+            self._accounts.move_to_end(oldest)
 
 
 def address_of(peername: object) -> Owner:

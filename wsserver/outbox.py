@@ -8,12 +8,14 @@ from collections import OrderedDict
 import msgspec
 import orjson
 
-from wsserver.protocol import Done, Error, Loading, Prefill, Queued, ServerMessage, Token, encode
+from wsserver.protocol import Done, Error, Loading, Prefill, Queued, ServerMessage, StatusReport, Token, encode
 
 # What a token frame weighs beside its text: the JSON around it.
 TOKEN_FRAME_BYTES = 128
 
 _PROGRESS = (Loading, Queued, Prefill)
+# What answers a message at once, as fast as a client asks.
+_ANSWERS = (StatusReport, Error)
 
 
 class OutboxFull(Exception):
@@ -21,11 +23,15 @@ class OutboxFull(Exception):
 
 
 class Outbox:
-    """Frames on their way out: `size` bytes of at most `max_bytes`, with the one that was taken out last."""
+    """Frames on their way out: `size` bytes of at most `max_bytes`, with the one that was taken out last.
+
+    Beside them one frame that is larger than the room there is: an honest reader must get it whatever its size.
+    """
 
     def __init__(self, max_bytes: int = 1 << 20) -> None:
         self.max_bytes = max_bytes
         self.size = 0
+        self.answer_bytes = 0  # of it, the answers to a client that asks faster than it reads
         # What was taken out last may still lie in this process, behind the socket's.
         self._taken = 0
         self._frames: OrderedDict[int, ServerMessage] = OrderedDict()
@@ -33,6 +39,7 @@ class Outbox:
         self._serial = 0
         # The place of each id's newest unread frame, where the next one may still join it.
         self._last: dict[str, int] = {}
+        self._large: int | None = None  # the place of the frame that takes none of the room
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -50,8 +57,14 @@ class Outbox:
             size = self._sizes[place] + _content(frame) if isinstance(frame, Token) else weight(one)
             self._put(place, one, size)
             return
+        size = weight(frame)
+        large = not self._fits(size) and self._takes_large(frame)
+        self._put(self._serial + 1, frame, 0 if large else size)
         self._serial += 1
-        self._put(self._serial, frame, weight(frame))
+        if large:
+            self._large = self._serial
+        elif isinstance(frame, _ANSWERS):
+            self.answer_bytes += size
         if id is None:
             return
         if not isinstance(frame, Error):
@@ -60,6 +73,10 @@ class Outbox:
             # An error may end a load; a later load of that id starts afresh. It never ends a generation, whose unread
             # tokens must stay in reach of a cancel.
             del self._last[id]
+
+    def has_room(self, frame: ServerMessage) -> bool:
+        """Whether a frame that joins no other one would be taken now."""
+        return self._takes_large(frame) or self._fits(weight(frame))
 
     def pop(self) -> bytes | None:
         """Take the oldest frame out, encoded; None if there is none. The one taken out before it must have gone by then."""
@@ -74,7 +91,11 @@ class Outbox:
             return None
         place, frame = self._frames.popitem(last=False)
         self._taken = self._sizes.pop(place)
-        if isinstance(frame, Done):  # it was let in whatever its size, and must not keep others out now
+        if isinstance(frame, _ANSWERS) and place != self._large:
+            self.answer_bytes -= self._taken
+        if place == self._large:
+            self._large = None
+        if isinstance(frame, Done):  # it may be long, and must not keep others out now
             self.size -= self._taken
             self._taken = 0
         id = getattr(frame, "id", None)
@@ -88,17 +109,22 @@ class Outbox:
         if place is not None and isinstance(self._frames[place], Token):
             del self._frames[place], self._last[id]
             self.size -= self._sizes.pop(place)
+            if place == self._large:
+                self._large = None
 
     def _put(self, place: int, frame: ServerMessage, size: int) -> None:
         grown = self.size + size - self._sizes.get(place, 0)
-        if grown > self.max_bytes and not self._is_first_done(frame):
+        if grown > self.max_bytes:
             raise OutboxFull
         self.size = grown
         self._frames[place], self._sizes[place] = frame, size
 
-    def _is_first_done(self, frame: ServerMessage) -> bool:
-        # One done is taken whatever its size: a whole answer must reach a client that reads.
-        return isinstance(frame, Done) and not any(isinstance(unread, Done) for unread in self._frames.values())
+    def _fits(self, size: int) -> bool:
+        return self.size + size <= self.max_bytes
+
+    def _takes_large(self, frame: ServerMessage) -> bool:
+        # A reader that has read all else has earned any frame. An end may also wait behind the rest of its answer.
+        return self._large is None and (not self.size or isinstance(frame, Done))
 
 
 def joined(unread: ServerMessage, frame: ServerMessage) -> ServerMessage | None:

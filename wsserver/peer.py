@@ -9,9 +9,22 @@ from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from wsserver.job import Job
-from wsserver.protocol import ClientMessage, Detached, Generate, Init, Refusal, Resume, Resumed, ServerMessage, Token, decode
+from wsserver.protocol import (
+    ClientMessage,
+    Detached,
+    Done,
+    Generate,
+    Init,
+    Refusal,
+    Resume,
+    Resumed,
+    ServerMessage,
+    Token,
+    decode,
+)
 from wsserver.resumables import Resumables
 from wsserver.session import Session, StopReason, WrongKey
+from wsserver.sessions.backlog import Backlog
 
 # What handles one client message: it decides and spawns, and never waits.
 Dispatch = Callable[[ClientMessage, "Peer"], None]
@@ -31,8 +44,16 @@ class Link(Protocol):
         """Take a frame, to be sent in its turn."""
         ...
 
+    def has_room(self, frame: ServerMessage) -> bool:
+        """Whether a frame may be pushed now; one that may not waits for `emptied`."""
+        ...
+
     def drop_tokens(self, id: str) -> None:
         """Forget the tokens of an id that are not sent yet."""
+        ...
+
+    def give_up(self, why: str) -> None:
+        """Close because the client reads too slowly."""
         ...
 
     async def emptied(self) -> None:
@@ -50,6 +71,7 @@ class Peer:
         self._asked = 0
         self._jobs: dict[str, Job] = {}  # by the ids that are open here
         self._replays: dict[str, asyncio.Task[None]] = {}
+        self._backlog = Backlog(session, link)
         self._none_open = asyncio.Event()
         self._none_open.set()
         self._ending: list[asyncio.Task[None]] = []
@@ -68,7 +90,7 @@ class Peer:
         """
         id = self.session.open(message)
         self._asked += 1
-        job = Job(id, self._asked, message, self, self._resumables, self.session.account, self.session.key)
+        job = Job(id, self._asked, message, self, self._resumables, self.session.account, self.session.owner)
         self._take(job)
         job.start(serve)
 
@@ -85,8 +107,7 @@ class Peer:
         if job.listener:
             job.listener.lose(job)
         self._take(job)
-        job.listen(self, live=False)
-        self._replays[job.id] = asyncio.create_task(self._replay(job, message.after_seq))
+        self._replay(job, message.after_seq, paced=True)
         self.send(Resumed(id=job.id, seq=message.after_seq))
 
     def stop(self, ids: list[str], reason: StopReason, now: float) -> None:
@@ -100,7 +121,11 @@ class Peer:
     # For jobs.
 
     def send(self, frame: ServerMessage) -> None:
-        """Say something about an open id, if the session still lets it out."""
+        """Say something about an open id, if the session still lets it out; an end for which there is no room waits."""
+        if isinstance(frame, Done) and frame.id not in self._replays and not self._link.has_room(frame):
+            job = self._jobs[frame.id]
+            self._replay(job, job.tokens, paced=False)
+            return
         admitted = self.session.admit(frame, time.monotonic())
         id: str = getattr(frame, "id", "")
         if not self.session.has(id):
@@ -140,7 +165,9 @@ class Peer:
     def stop_all(self, reason: StopReason) -> None:
         """Stop everything that still runs."""
         now = time.monotonic()
-        self.stop(self.session.stop(self.session.active, reason, now), reason, now)
+        # What has ended and waits to be read is told as it ended.
+        running = [id for id in self.session.active if not self._jobs[id].ended]
+        self.stop(self.session.stop(running, reason, now), reason, now)
 
     def leave(self) -> None:
         """Hear and say nothing any more: jobs that are kept go on without a listener, all others end."""
@@ -172,19 +199,28 @@ class Peer:
         if not self._jobs:
             self._none_open.set()
 
-    async def _replay(self, job: Job, seq: int) -> None:
+    def _replay(self, job: Job, seq: int, paced: bool) -> None:
+        """Begin to send what a job said since `seq`, or its end that is still to be sent."""
+        job.listen(self, live=False)
+        self._replays[job.id] = asyncio.create_task(self._send_past(job, seq, paced))
+
+    async def _send_past(self, job: Job, seq: int, paced: bool) -> None:
         """Send what was said since `seq`, as fast as the link takes it; then let the job speak for itself."""
         while self._jobs.get(job.id) is job:  # until its end was sent; or the link is gone, which may be too full
-            frame = job.after(seq, self._link.replay_bytes)
-            if frame is None:
-                # Nothing awaits from that look to here, so nothing is said in between.
-                del self._replays[job.id]
-                job.listen(self)
-                return
-            self.send(frame)
+            async with self._backlog.turn(job, paced):
+                if self._jobs.get(job.id) is not job:
+                    return
+                frame = job.after(seq, self._link.replay_bytes)
+                if frame is None:
+                    # Nothing awaits from that look to here, so nothing is said in between.
+                    del self._replays[job.id]
+                    job.listen(self)
+                    return
+                self.send(frame)
+            if paced:
+                self._backlog.charge(frame)
             if isinstance(frame, Token):
                 seq += frame.n
-            await self._link.emptied()
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

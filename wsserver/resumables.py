@@ -1,6 +1,6 @@
 """The resumable jobs of a server, by their tokens, for as long as somebody may come back for them.
 
-Bounded in time and in bytes. Knows no connections and no models.
+Bounded in time and in bytes, which clients share. Knows no connections and no models.
 """
 
 import asyncio
@@ -10,10 +10,12 @@ from collections.abc import Iterator
 
 from wsserver.job import Job
 from wsserver.protocol import Refusal, Resume
+from wsserver.sessions.shares import Shares
 
 log = logging.getLogger(__name__)
 
 EXPIRED = "there is nothing to resume under this id and token; it ended too long ago, or never was: send generate anew"
+WARNING_INTERVAL = 60.0  # seconds between two warnings that there is too little room
 
 
 class Resumables:
@@ -21,18 +23,24 @@ class Resumables:
 
     def __init__(self, window: float = 120.0, max_bytes: int = 64 << 20, max_unheard_tokens: int = 2048) -> None:
         self.max_unheard_tokens = max_unheard_tokens
-        self.size = 0  # bytes of all transcripts
         self._window = window
         self._max_bytes = max_bytes
         self._jobs: dict[str, Job] = {}
         self._tokens: dict[Job, str] = {}
+        self._shares: Shares[Job] = Shares()
         self._expiries: dict[Job, asyncio.TimerHandle] = {}
+        self._warned_at: float | None = None
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs.values())
+
+    @property
+    def size(self) -> int:
+        """The bytes of all transcripts."""
+        return self._shares.size
 
     def find(self, message: Resume, key: str | None) -> Job:
         """Give the job that a client means, who has shown this key.
@@ -51,25 +59,30 @@ class Resumables:
         """Keep a job from now on; give the token that finds it."""
         token = secrets.token_urlsafe(24)
         self._jobs[token], self._tokens[job] = job, token
-        self.grew(job.size)
+        self._shares.add(job, job.owner, job.size, _rank(job))
+        self._make_room()
         return token
 
-    def grew(self, by: int) -> None:
-        """Count bytes that a kept transcript takes; over the bound the ones that are least likely to be missed go."""
-        self.size += by
-        while self.size > self._max_bytes and (least := self._least()):
-            log.warning("forgetting a resumable generation: all of them take more than %d bytes", self._max_bytes)
-            self.forget(least)
+    def grew(self, job: Job, by: int) -> None:
+        """Count bytes that a kept transcript takes; over the bound the client that has most loses what it misses least."""
+        self._shares.grow(job, by)
+        self._make_room()
+
+    def moved(self, job: Job) -> None:
+        """Look again at how likely a kept job is to be missed."""
+        self._shares.move(job, _rank(job))
+        self._make_room()
 
     def let_go(self, job: Job) -> None:
         """Let a job's time run from now."""
         if job in self._expiries:
             self._expiries[job].cancel()
         self._expiries[job] = asyncio.get_running_loop().call_later(self._window, self._expire, job)
+        self.moved(job)
 
     def forget(self, job: Job) -> None:
         """Keep a job no longer; one that nobody listens to ends."""
-        self.size -= job.size
+        self._shares.remove(job)
         del self._jobs[self._tokens.pop(job)]
         if expiry := self._expiries.pop(job, None):
             expiry.cancel()
@@ -88,7 +101,20 @@ class Resumables:
         if job.listener is None:  # else its time runs from when that one leaves
             self.forget(job)
 
-    def _least(self) -> Job | None:
-        """Give the job to be forgotten first: one that has ended, else one that nobody hears; the oldest of its kind."""
-        jobs = [job for job in self._tokens if not job.needs_transcript]
-        return min(jobs, key=lambda job: (not job.ended, job.listener is not None), default=None)
+    def _make_room(self) -> None:
+        while self._shares.size > self._max_bytes and (job := self._shares.first(self._max_bytes)):
+            self._warn()
+            self.forget(job)
+
+    def _warn(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._warned_at is None or now - self._warned_at >= WARNING_INTERVAL:
+            self._warned_at = now
+            log.warning("forgetting resumable generations: all of them take more than %d bytes", self._max_bytes)
+
+
+def _rank(job: Job) -> int | None:
+    """Give when a job is forgotten: after its end first, then without a listener; not while somebody reads its past."""
+    if job.needs_transcript:
+        return None
+    return 0 if job.ended else 1 if job.listener is None else 2

@@ -133,6 +133,18 @@ class Reply:
             self._enqueue(ready)
         self._look()
 
+    def has_room(self, frame: ServerMessage) -> bool:
+        """Whether a frame may be pushed now; one that may not waits until the broker has taken everything."""
+        request = self._requests.get(getattr(frame, "id", None) or "")
+        if request and isinstance(frame, Done) and frame.text is None:  # its text is put in here
+            frame = replace(frame, text="".join(request.texts))
+        return self._all_sent.is_set() or self._outbox.has_room(frame)
+
+    def give_up(self, why: str) -> None:
+        """Stop all work: the broker takes too little."""
+        log.warning("session %s: giving up, the broker takes too little: %s", self.peer.session.id, why)
+        self.peer.stop_all("cancelled")
+
     def drop_tokens(self, id: str) -> None:
         """Forget the tokens of an id that are not sent yet."""
         self._pace.drop(id)
@@ -177,8 +189,7 @@ class Reply:
         try:
             self._outbox.push(frame)
         except OutboxFull:
-            log.warning("session %s: giving up, the broker takes too little", self.peer.session.id)
-            self.peer.stop_all("cancelled")
+            self.give_up("its outbox is full")
             if isinstance(frame, ENDS):
                 self._requests.pop(getattr(frame, "id", None) or "", None)
             return

@@ -1,0 +1,1 @@
+"""The model folders there are, and what is known of each. Knows no clients and loads nothing."""

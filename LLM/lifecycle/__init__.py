@@ -1,0 +1,1 @@
+"""Which models are loaded, for whom, and which leave. Knows no frames and no connections."""

@@ -1,0 +1,204 @@
+"""Whole answers larger than an outbox that end together: each arrives whole at a client that reads, whatever it does meanwhile."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import Client, Running, eventually
+from tests.scripted import WIDE, ScriptedModel, closing_code, scripted, slow_client
+
+WIDES = 300  # of 4 KiB: more than an outbox, whose bound is 1 MiB
+ASKED = {"prompt": WIDE * 50, "ignore_eos": True, "max_tokens": WIDES + WIDES // 50, "stream": False}
+TEXT = WIDE * WIDES
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[tuple[Running, ScriptedModel]]:
+    async with scripted(messages_per_second=1000.0) as stage:
+        yield stage
+
+
+async def ask(client: Client, model: ScriptedModel, count: int, **fields: Any) -> list[str]:
+    """Ask for so many whole answers, which end in the same step."""
+    ids = [f"g{number}" for number in range(count)]
+    for id in ids:
+        await client.send(type="generate", id=id, **ASKED, **fields)
+    await client.settle()
+    await eventually(lambda: model.step_gate.let(0) or bool(model.steps))
+    return ids
+
+
+def waiting(server: Running) -> int:
+    """Give how many ends wait for room."""
+    return len(connection_of(server).peer._backlog._ends)
+
+
+def connection_of(server: Running) -> Any:
+    (connection,) = server.server._connections
+    return connection
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("fields", [{}, {"resumable": True}], ids=["plain", "resumable"])
+async def test_all_arrive_whole_at_a_client_that_reads(
+    stage: tuple[Running, ScriptedModel], count: int, fields: dict[str, bool]
+) -> None:
+    server, model = stage
+    async with slow_client(server, max_size=None) as client:
+        ids = await ask(client, model, count, **fields)
+        model.open()
+        for id in ids:
+            done = await client.done(id)
+            assert (done["finish_reason"], done["text"]) == ("length", TEXT)
+        assert (await client.settle())["connection"]["active"] == []
+        client.checker.quiet()
+
+
+async def stuck(server: Running, client: Client, model: ScriptedModel) -> list[str]:
+    """Let whole answers end for a client that reads nothing, so that all wait but those that the system's buffers take."""
+    ids = await ask(client, model, 8)
+    client.socket.transport.pause_reading()
+    model.open()
+    jobs = connection_of(server).peer._jobs
+    await eventually(lambda: waiting(server) > 1 and all(job.ended for job in jobs.values()))
+    return ids
+
+
+async def test_a_client_that_reads_nothing_is_closed_and_no_more_than_one_of_them_lies_in_its_outbox(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsserver.connection.CLOSE_TIMEOUT", 0.0)
+    async with scripted(stall_timeout=1.0) as (server, model), slow_client(server, max_size=None) as client:
+        await stuck(server, client, model)
+        connection = connection_of(server)
+        assert len(connection._outbox) == 1
+        account = connection.peer.session.account
+        assert account.requests == waiting(server) > 1
+        await eventually(lambda: "nothing was read for too long" in caplog.text)
+        await eventually(lambda: not server.server._connections)
+        assert account.requests == 0
+
+
+async def test_its_id_is_open_until_it_was_let_out_so_that_it_is_not_taken_twice(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, model = stage
+    async with slow_client(server, max_size=None) as client:
+        ids = await stuck(server, client, model)
+        await client.send(type="generate", id=ids[-1], prompt="again")
+        client.socket.transport.resume_reading()
+        assert (await client.until("error"))["code"] == "duplicate_id"
+        for id in ids:
+            assert (await client.done(id))["text"] == TEXT
+
+
+async def test_a_cancel_while_it_waits_is_answered_by_its_end_and_the_others_stay_whole(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, model = stage
+    async with slow_client(server, max_size=None) as client:
+        ids = await stuck(server, client, model)
+        await client.send(type="cancel", id=ids[-1])
+        client.socket.transport.resume_reading()
+        assert [(await client.done(id))["finish_reason"] for id in ids] == ["length"] * 7 + ["cancelled"]
+        assert [(await client.done(id))["text"] == TEXT for id in ids[:7]] == [True] * 7
+        client.checker.quiet()
+
+
+async def test_a_disconnect_while_they_wait_leaves_nothing_behind(stage: tuple[Running, ScriptedModel]) -> None:
+    server, model = stage
+    async with slow_client(server, max_size=None) as client:
+        await stuck(server, client, model)
+        account = connection_of(server).peer.session.account
+        client.socket.transport.abort()
+        await eventually(lambda: not server.server._connections)
+        assert account.requests == 0
+        assert not model.held()
+
+
+async def test_a_drain_waits_for_them_and_tells_them_as_they_ended(stage: tuple[Running, ScriptedModel]) -> None:
+    server, model = stage
+    async with slow_client(server, max_size=None) as client:
+        ids = await stuck(server, client, model)
+        peer = connection_of(server).peer
+        peer.stop_all("shutdown")
+        drain = asyncio.create_task(server.server.drain())
+        client.socket.transport.resume_reading()
+        for id in ids:
+            done = await client.done(id)
+            assert (done["finish_reason"], done["text"]) == ("length", TEXT)
+        assert await closing_code(client) == 1012
+        await drain
+
+
+async def test_with_once_the_first_one_comes_whole_before_the_close() -> None:
+    async with scripted() as (server, model):
+        server.url += "?once=1"
+        async with slow_client(server, max_size=None) as client:
+            await ask(client, model, 4)
+            model.open()
+            assert (await client.until("done"))["text"] == TEXT
+            assert await closing_code(client) == 1000
+
+
+async def test_those_that_are_resumed_together_arrive_whole_too(stage: tuple[Running, ScriptedModel]) -> None:
+    server, model = stage
+    async with server.client(max_size=None) as client, slow_client(server, max_size=None) as other:
+        ids = [f"g{number}" for number in range(6)]
+        for id in ids:
+            await client.send(type="generate", id=id, **ASKED, resumable=True)
+        await eventually(lambda: model.step_gate.let(1) or len(server.server.resumables) == len(ids))
+        for id in ids:
+            if not client.of(id, "started"):
+                await client.until("started", id=id)
+        client.socket.transport.abort()
+        model.open()
+        await eventually(lambda: all(job.ended for job in server.server.resumables))
+        for id in ids:
+            await other.resume(client, id, after_seq=0)
+        for id in ids:
+            assert (await other.done(id))["text"] == TEXT
+        other.checker.quiet()
+
+
+async def test_long_streamed_answers_that_are_resumed_together_arrive_whole(
+    stage: tuple[Running, ScriptedModel],
+) -> None:
+    server, model = stage
+    async with server.client(max_size=None) as client, slow_client(server, max_size=None) as other:
+        ids = [f"g{number}" for number in range(6)]
+        for id in ids:
+            await client.send(type="generate", id=id, **{**ASKED, "stream": True}, resumable=True)
+        await eventually(lambda: model.step_gate.let(1) or len(server.server.resumables) == len(ids))
+        for id in ids:
+            if not client.of(id, "started"):
+                await client.until("started", id=id)
+        client.socket.transport.abort()
+        model.open()
+        await eventually(lambda: all(job.ended for job in server.server.resumables))
+        for id in ids:
+            await other.resume(client, id, after_seq=0)
+        for id in ids:
+            await other.done(id)
+            assert other.checker.texts[id] == TEXT
+        other.checker.quiet()
+
+
+async def test_many_reports_reach_a_client_that_asks_before_it_reads() -> None:
+    names = [f"vendor{number}/{'m' * 90}" for number in range(100)]  # reports of 10 KB
+    async with scripted(messages_per_second=1000.0) as (server, _), slow_client(server, max_size=None) as client:
+        server.models.listing |= dict.fromkeys(names, server.models.listing["wsserver/echo"])
+        client.socket.transport.pause_reading()
+        asking = asyncio.create_task(asked(client, 400))
+        await eventually(lambda: connection_of(server)._outbox.answer_bytes > 1 << 19)
+        client.socket.transport.resume_reading()
+        for _ in range(400):
+            await client.until("status")
+        await asking
+
+
+async def asked(client: Client, times: int) -> None:
+    for _ in range(times):
+        await client.send(type="status")

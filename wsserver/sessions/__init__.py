@@ -1,0 +1,1 @@
+"""One client, whatever it speaks through. Knows no sockets and no models."""
