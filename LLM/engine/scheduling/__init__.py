@@ -1,0 +1,1 @@
+"""Which request goes forward next. Knows no model, no tensor and no clock."""
