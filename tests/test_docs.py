@@ -177,9 +177,7 @@ def test_the_options_that_the_readme_lists_are_those_there_are() -> None:
 
 def test_the_map_in_the_readme_names_every_file() -> None:
     packages = {
-        path.parent
-        for top in ("wsserver", "wsserver_mqtt", "handlers", "LLM")
-        for path in (ROOT / top).rglob("__init__.py")
+        path.parent for top in ("wsserver", "wsserver_mqtt", "handlers", "LLM") for path in (ROOT / top).rglob("__init__.py")
     }
     for package in [*packages, ROOT / "wsserver/web"]:
         for path in [*package.glob("*.py"), *package.glob("*.js")]:
