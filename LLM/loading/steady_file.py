@@ -32,7 +32,10 @@ class SteadyFile:
 
     def __init__(self, path: Path, version: Version | None = None) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise (changed(path) if version else error) from error
         self.version = Version.of(os.fstat(self._descriptor))
         if version and self.version != version:
             self.close()
