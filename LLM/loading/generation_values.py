@@ -37,7 +37,7 @@ def checked(stated: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Any],
 
 
 def _is_number(value: object, whole: bool) -> bool:
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 def _end_ids(stated: object, vocabulary: int) -> tuple[list[int] | int | None, bool]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from LLM.errors import Refused
+from LLM.loading.steady_file import shown
 
 MOST_LAYERS = 1024  # several times those of any published model
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "num_blocks"}
@@ -42,7 +43,7 @@ def check(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
         if not 0 <= value <= most:
             raise Refused(
                 "load_failed",
-                f"the model's folder cannot be loaded: its config.json has a {name} of {value:.12g}, and its weights "
+                f"the model's folder cannot be loaded: its config.json has a {name} of {shown(str(value), 20)}, and its weights "
                 f"allow {most} at most; copy config.json and the weights anew",
             )
 
