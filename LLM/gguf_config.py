@@ -11,6 +11,7 @@ from typing import Any
 
 from LLM.errors import Refused
 from LLM.gguf_file import FREQUENCIES, GgufFile
+from LLM.loading.steady_file import SteadyFile, shown
 
 # The architectures whose tensors and facts are known here, by llama.cpp's name, and what transformers calls them.
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
@@ -60,10 +61,10 @@ def names_of(file: GgufFile) -> dict[str, str]:
         Refused: `load_failed` for another kind of model, with the next step.
     """
     if file.architecture not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        known, other = ", ".join(FAMILIES), shown(file.architecture)
         raise _refused(
-            f'its GGUF file is of the architecture "{file.architecture}", and of GGUF only {known} can be read; take the '
-            "model's safetensors folder"
+            f'its GGUF file is of the architecture "{other}", and of GGUF only {known} can be read; take the model\'s '
+            "safetensors folder"
         )
     layer_parts = LAYER_PARTS | (GEMMA_PARTS if file.architecture == "gemma3" else {})
     return {tensor.name: _name(tensor.name, layer_parts) for tensor in file.weights}
@@ -133,9 +134,8 @@ def _rope(file: GgufFile, theta: float, head_size: int) -> dict[str, Any]:
     stretch = next((tensor for tensor in file.tensors if tensor.name == FREQUENCIES), None)
     if stretch is None:
         return {"rope_type": "default", "rope_theta": theta}
-    with file.path.open("rb") as opened:
-        opened.seek(stretch.offset)
-        stored = unpack(f"<{head_size // 2}f", opened.read(head_size * 2))
+    with SteadyFile(file.path, file.version) as opened:
+        stored = unpack(f"<{head_size // 2}f", opened.read(head_size // 2 * 4, stretch.offset))
     factor = max(stored)
     expected = [_llama3_stretch(2 * pi * theta ** (2 * i / head_size), factor) for i in range(head_size // 2)]
     if not all(isclose(a, b, rel_tol=1e-3) for a, b in zip(stored, expected, strict=True)):

@@ -13,7 +13,8 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from LLM.errors import Refused
 from LLM.gguf_config import CONTROL
-from LLM.gguf_file import GgufFile
+from LLM.gguf_file import GgufFile, Texts
+from LLM.loading.steady_file import shown
 
 NORMAL, USER_DEFINED = 1, 4  # types of tokens
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -45,7 +46,7 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
         if name.startswith("tokenizer.ggml.")
     }
     kinds = {"llama": _sentencepiece, "gpt2": _byte_level}
-    if facts.get("model") not in kinds or not isinstance(facts.get("tokens"), list):
+    if facts.get("model") not in kinds or not isinstance(facts.get("tokens"), Texts):
         raise _refused("its GGUF file has a tokenizer of a kind that is not known here")
     tokenizer = kinds[facts["model"]](facts)
     _add_tokens(tokenizer, facts)
@@ -83,7 +84,7 @@ def _byte_level(facts: Mapping[str, Any]) -> Tokenizer:
     """Make one that cuts a text into words and merges their bytes."""
     kind = facts.get("pre", "")
     if kind not in WORDS or "merges" not in facts:
-        raise _refused(f'its GGUF file cuts text in a way that is not known here, "{kind}"')
+        raise _refused(f'its GGUF file cuts text in a way that is not known here, "{shown(str(kind))}"')
     vocabulary = {text: i for i, text in enumerate(facts["tokens"])}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in facts["merges"])]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=kind in WHOLE_WORDS))

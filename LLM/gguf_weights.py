@@ -13,6 +13,7 @@ import torch
 from LLM._base_model_handler import Progress
 from LLM.gguf_config import names_of
 from LLM.gguf_file import GgufFile, PackedTensor
+from LLM.loading.steady_file import SteadyFile, check_unchanged
 from LLM.stored_weights import Reading
 
 PART = 1 << 22  # numbers that are unpacked at once; unpacking takes several times their memory
@@ -35,9 +36,10 @@ class PackedWeight:
 class PackedWeights:
     """What the tensors of a file have in common."""
 
-    def __init__(self, file: GgufFile, config: Any, dtype: torch.dtype, reading: Reading) -> None:
+    def __init__(self, file: GgufFile, opened: SteadyFile, config: Any, dtype: torch.dtype, reading: Reading) -> None:
         self.reading = reading
         self._file = file
+        self._opened = opened
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._dtype = dtype
 
@@ -48,13 +50,11 @@ class PackedWeights:
         unpacked = torch.empty(tensor.shape, dtype=dtype)
         rows, width = unpacked.view(tensor.rows, tensor.shape[-1]), tensor.row_bytes
         step = max(1, PART // tensor.shape[-1])
-        # Opened anew for each: several threads may read.
-        with self._file.path.open("rb") as opened:
-            opened.seek(tensor.offset)
-            for start in range(0, tensor.rows, step):
-                part = rows[start : start + step]
-                packed = torch.frombuffer(bytearray(opened.read(len(part) * width)), dtype=torch.uint8).view(-1, width)
-                part.copy_(_dequantised(packed, tensor.packing))
+        for start in range(0, tensor.rows, step):
+            part = rows[start : start + step]
+            packed = torch.empty(len(part), width, dtype=torch.uint8)
+            self._opened.read_into(memoryview(packed.view(-1).numpy()), tensor.offset + start * width)
+            part.copy_(_dequantised(packed, tensor.packing))
         return self._as_in_transformers(tensor.name, unpacked).to(self._dtype)
 
     def _as_in_transformers(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -74,9 +74,11 @@ def packed_weights(
     """Give a file's weights by transformers' names; progress is by the bytes that were read, as with safetensors."""
     names = names_of(file)
     reading = Reading({names[tensor.name]: tensor.rows * tensor.row_bytes for tensor in file.weights}, quantised, progress)
-    weights = PackedWeights(file, config, dtype, reading)
-    yield {names[tensor.name]: PackedWeight(tensor, names[tensor.name], weights) for tensor in file.weights}
-    reading.end()
+    with SteadyFile(file.path, file.version) as opened:
+        weights = PackedWeights(file, opened, config, dtype, reading)
+        yield {names[tensor.name]: PackedWeight(tensor, names[tensor.name], weights) for tensor in file.weights}
+        check_unchanged([(file.path, file.version)])
+        reading.end()
 
 
 def _dequantised(packed: torch.Tensor, packing: str) -> torch.Tensor:

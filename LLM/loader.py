@@ -3,7 +3,6 @@
 Only local files, only safetensors and GGUF, never code that came with a model.
 """
 
-import gc
 import logging
 import os
 import traceback
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from LLM import gguf_config, gguf_tokenizer, model_folder
@@ -32,11 +31,15 @@ from LLM.errors import Refused
 from LLM.gguf_weights import packed_weights
 from LLM.giving_way import giving_way
 from LLM.loading.exclusive import LOADING
+from LLM.loading.generation_values import checked
+from LLM.loading.memory import freeze_libraries, give_back
+from LLM.loading.own_copy import own_copy, parsed
+from LLM.loading.steady_file import check_unchanged
 from LLM.model_folder import ModelFolder
 from LLM.pinned_copy import PinnedCopy
 from LLM.placement import ALL_GPUS, CPU_KV_MEMORY, DTYPES, cores, plan, shares
 from LLM.quantize import bitsandbytes_config, settle
-from LLM.stored_weights import stored_weights
+from LLM.stored_weights import in_memory, stored_weights
 
 try:
     from LLM.engine.graph_runner import GraphRunner
@@ -49,6 +52,7 @@ if not torch.cuda.is_available():
     # Weights are read one after the other, on the engine's thread: a load must not take the cores that others' streams need.
     # Where there is a GPU, transformers' threads bring them there several times faster.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+LARGEST_BUFFERS = 1 << 24  # numbers
 GPU_KV_SHARE = 0.9  # of what the weights left free
 
 
@@ -64,8 +68,11 @@ def load(folder: Path, options: LoadOptions, progress: Progress) -> LoadedModel:
     try:
         with giving_way(), _refusing("its operator finds the details in the server's log"):
             found = model_folder.read(folder)
-            with LOADING.hold(f"{folder.parent.name}/{folder.name}", partial(progress, "config", 0.0)):
-                return _load(folder, found, options, progress)
+            name = f"{folder.parent.name}/{folder.name}"
+            with own_copy(folder) as (copies, versions), LOADING.hold(name, partial(progress, "config", 0.0)):
+                loaded = _load(copies, found, options, progress)
+                check_unchanged(versions)
+                return loaded
     except BaseException as error:
         _let_go(error)
         raise
@@ -76,7 +83,11 @@ def _let_go(error: BaseException | None) -> None:
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-    gc.collect()  # layers of 4 bits hold themselves
+    _give_back()  # layers of 4 bits hold themselves
+
+
+def _give_back() -> None:
+    give_back()
     torch.cuda.empty_cache()
 
 
@@ -105,7 +116,10 @@ def _load(folder: Path, found: ModelFolder, options: LoadOptions, progress: Prog
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _refusing("its tokenizer cannot be read; copy its tokenizer.json and tokenizer_config.json anew"):
         tokenizer = _tokenizer(folder, found)
-    model = _model(folder, found, architecture, config, options, progress)
+    with _refusing("its config.json does not fit its weights; copy both anew"):
+        _check_size(architecture, config, found)
+    freeze_libraries()
+    model = _model(found, architecture, config, options, progress)
     progress("warmup", 0.0)
     settle(model, partial(progress, "warmup", 0.0))
     # What only a GPU can prove is for those who ask for it.
@@ -119,21 +133,21 @@ def _load(folder: Path, found: ModelFolder, options: LoadOptions, progress: Prog
     chat_template = _chat_template(tokenizer, options.template_timeout)
     if chat_template and (problem := chat_template.probe()):
         runner.notes.append(f"takes no messages: {problem}")
-    # What was made so far stays: a full collection would look at each of its objects, 0.2 s in which no stream moves.
-    gc.collect()
-    gc.freeze()
+    text_config = config.get_text_config()
+    generation, notes = _generation(folder, model, text_config.vocab_size)
+    runner.notes += notes
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer.backend_tokenizer,
         context_length=min(positions, runner.block_count * runner.block_size),
-        vocabulary_size=config.get_text_config().vocab_size,
+        vocabulary_size=text_config.vocab_size,
         dtype=options.dtype,
         device=options.device,
         chat_template=chat_template,
-        end_token_ids=_end_token_ids(model.generation_config, tokenizer),
-        generation_config=model.generation_config.to_dict(),
+        end_token_ids=_end_token_ids(generation, tokenizer),
+        generation_config=generation,
         takes_turns=device.type == "cpu",
-        on_unloaded=torch.cuda.empty_cache if device.type == "cuda" else None,
+        on_unloaded=_give_back,
     )
 
 
@@ -153,16 +167,27 @@ def _tokenizer(folder: Path, found: ModelFolder) -> Any:
     return tokenizer
 
 
-def _model(
-    folder: Path, found: ModelFolder, architecture: Any, config: Any, options: LoadOptions, progress: Progress
-) -> Any:
+def _check_size(architecture: Any, config: Any, found: ModelFolder) -> None:
+    """Check that a model has no more numbers than its files: what they lack would be allocated before it is missed."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    buffers = sum(buffer.numel() for buffer in empty.buffers())
+    if parameters > found.parameters:
+        why = f"{architecture.__name__} of its config.json has {parameters} parameters, and its files {found.parameters}"
+        raise Refused("load_failed", f"the model's folder lacks some of its tensors: {why}; is a weights file missing?")
+    if buffers > max(found.parameters, LARGEST_BUFFERS):
+        raise Refused("load_failed", "the model's config.json asks for tables larger than the model; copy it anew")
+
+
+def _model(found: ModelFolder, architecture: Any, config: Any, options: LoadOptions, progress: Progress) -> Any:
     dtype = DTYPES[options.dtype]
     quantised = [tensor.name for tensor in found.tensors if tensor.is_linear] if options.quantization != "none" else []
     spread = options.device == str(ALL_GPUS)
     progress("weights", 0.0)
     packed = found.gguf and packed_weights(found.gguf, config.get_text_config(), dtype, quantised, progress)
     device = torch.device(options.device)
-    bring = PinnedCopy(device) if device.type == "cuda" and not spread else lambda tensor: tensor
+    bring = PinnedCopy(device) if device.type == "cuda" and not spread else in_memory
     with packed or stored_weights(found, quantised, bring, progress) as weights:
         model, report = architecture.from_pretrained(
             None,
@@ -177,8 +202,6 @@ def _model(
     if missing := report["missing_keys"]:
         # transformers would go on with random numbers in their place.
         raise Refused("load_failed", f"the model's folder lacks {len(missing)} of its tensors; is a weights file missing?")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
 
 
@@ -253,7 +276,14 @@ def _chat_template(tokenizer: Any, seconds: float = template.SECONDS) -> templat
     return template.ChatTemplate(source, tokenizer.special_tokens_map, seconds) if source else None
 
 
-def _end_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    configured = generation_config.eos_token_id
+def _generation(folder: Path, model: Any, vocabulary: int) -> tuple[dict[str, Any], list[str]]:
+    """Give the defaults of generation, and a note for each that is ignored."""
+    file = folder / "generation_config.json"
+    stated = parsed(file.name, file.read_bytes()) if file.exists() else model.generation_config.to_dict()
+    return checked(stated, vocabulary)
+
+
+def _end_token_ids(generation_config: Mapping[str, Any], tokenizer: Any) -> frozenset[int]:
+    configured = generation_config["eos_token_id"]
     ids = configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]
     return frozenset(i for i in ids if i is not None)

@@ -4,7 +4,7 @@ Every reason to refuse a folder that can be seen from outside is here. Knows nei
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -12,6 +12,8 @@ from typing import Any
 
 from LLM import gguf_config, gguf_file
 from LLM.errors import Refused
+from LLM.loading import plausible
+from LLM.loading.steady_file import SteadyFile, Version, shown
 
 # Bytes of an element, by safetensors' names: https://huggingface.co/docs/safetensors/index#format.
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -22,15 +24,18 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64}
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HEADER_SIZE = Struct("<Q")
 LARGEST_HEADER = 100_000_000  # safetensors' own bound
+LARGEST_CONFIG = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file: its element's type by safetensors' name, and how many elements it has."""
+    """A tensor: its element's type by safetensors' name, its shape, which of the files it is in, and at which byte."""
 
     name: str
     element: str
     shape: tuple[int, ...]
+    file: int = 0
+    offset: int = 0
 
     @property
     def count(self) -> int:
@@ -59,6 +64,8 @@ class ModelFolder:
     files: tuple[Path, ...]
     tensors: tuple[StoredTensor, ...]
     gguf: gguf_file.GgufFile | None = None
+    # Which content of its files this tells of: those of the weights, in their order, and then the others.
+    versions: tuple[tuple[Path, Version], ...] = ()
 
     @property
     def family(self) -> str:
@@ -81,7 +88,7 @@ class ModelFolder:
     @property
     def file_bytes(self) -> int:
         """What the weights take on disk."""
-        return sum(file.stat().st_size for file in self.files)
+        return sum(version.size for _, version in self.versions[: len(self.files)])
 
     @property
     def tied(self) -> int:
@@ -104,10 +111,23 @@ def read(folder: Path) -> ModelFolder:
         Refused: `load_failed`, with what is wrong and what to do, in words fit for any client.
     """
     if not next(folder.glob("*.safetensors"), None) and (packed := sorted(folder.glob("*.gguf"))):
-        return _of_gguf(folder, packed)
-    config = _config(folder)
+        found = _of_gguf(folder, packed)
+    else:
+        found = _of_safetensors(folder)
+    plausible.check(found.config, found.tensors)
+    return found
+
+
+def _of_safetensors(folder: Path) -> ModelFolder:
+    config, versions = _config(folder)
     files = _files(folder)
-    return ModelFolder(config, files, tuple(tensor for file in files for tensor in _tensors(file)))
+    tensors: list[StoredTensor] = []
+    known: list[tuple[Path, Version]] = []
+    for number, path in enumerate(files):
+        with open_inside(folder, path) as file:
+            tensors += _tensors(file, number)
+            known.append((path, file.version))
+    return ModelFolder(config, files, tuple(tensors), None, (*known, *versions))
 
 
 def _of_gguf(folder: Path, files: Sequence[Path]) -> ModelFolder:
@@ -115,7 +135,9 @@ def _of_gguf(folder: Path, files: Sequence[Path]) -> ModelFolder:
     if len(files) > 1:
         raise _refused(f"it holds {len(files)} GGUF files; leave the one that is to be loaded")
     try:
-        found = gguf_file.read(files[0])
+        with open_inside(folder, files[0]) as file:
+            found = gguf_file.read(file)
+            version = file.version
     except gguf_file.UnknownPacking as error:
         raise _refused(
             "its GGUF file is packed in a way that is not known here; take one that is packed otherwise"
@@ -124,19 +146,32 @@ def _of_gguf(folder: Path, files: Sequence[Path]) -> ModelFolder:
         raise _refused("its GGUF file is damaged; copy it anew") from error
     if found.metadata.get("split.count", 1) not in (0, 1):
         raise _refused("its GGUF file is one of several; join them with llama-gguf-split --merge")
-    if files[0].stat().st_size < found.end:
+    if version.size < found.end:
         raise _refused("its GGUF file ends too early; copy it anew")
     names = gguf_config.names_of(found)
-    config = _config(folder) if (folder / "config.json").exists() else gguf_config.config_of(found)
+    config, versions = _config(folder) if (folder / "config.json").exists() else (gguf_config.config_of(found), ())
     config = {"dtype": gguf_config.dtype_of(found), **config}
     # Unpacked, all of them are floats.
     tensors = [StoredTensor(names[tensor.name], "F32", tensor.shape) for tensor in found.weights]
-    return ModelFolder(config, tuple(files), tuple(tensors), found)
+    return ModelFolder(config, tuple(files), tuple(tensors), found, ((files[0], version), *versions))
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
+def open_inside(folder: Path, path: Path) -> SteadyFile:
+    """Open a file of a folder's, which may be a link within the models' root: the hub's cache has such.
+
+    Raises:
+        Refused: `load_failed` for a link that leads out of it.
+    """
+    # A model is always two folders below the root.
+    if not path.resolve().is_relative_to(folder.parent.parent.resolve()):
+        raise _refused(f"its {shown(path.name)} is a link that leads out of the models' folder; put the file itself there")
+    return SteadyFile(path)
+
+
+def _config(folder: Path) -> tuple[Mapping[str, Any], tuple[tuple[Path, Version], ...]]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with open_inside(folder, folder / "config.json") as file:
+            config = json.loads(file.read(min(file.version.size, LARGEST_CONFIG), 0))
     except (OSError, ValueError) as error:
         raise _refused("its config.json cannot be read; copy it anew") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -145,7 +180,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise _refused(
             "its weights are quantised already; take the model's own, which can be quantised while they are loaded"
         )
-    return config
+    return config, ((file.path, file.version),)
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
@@ -169,24 +204,35 @@ def _named_by_index(folder: Path) -> set[str]:
     if not index.exists():
         return set()
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        with open_inside(folder, index) as file:
+            return set(json.loads(file.read(min(file.version.size, LARGEST_HEADER), 0))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _refused("the index of its weights cannot be read; copy it anew") from error
 
 
-def _tensors(file: Path) -> Iterator[StoredTensor]:
+def _tensors(file: SteadyFile, number: int) -> list[StoredTensor]:
+    damaged = _refused("one of the weights' files is damaged; copy it anew")
     try:
-        with file.open("rb") as opened:
-            (size,) = HEADER_SIZE.unpack(opened.read(HEADER_SIZE.size))
-            header = json.loads(opened.read(min(size, LARGEST_HEADER)))
+        (size,) = HEADER_SIZE.unpack(file.read(HEADER_SIZE.size, 0))
+        start = HEADER_SIZE.size + size
+        header = json.loads(file.read(min(size, LARGEST_HEADER, file.version.size), HEADER_SIZE.size))
         header.pop("__metadata__", None)
-        ends = [HEADER_SIZE.size + size + tensor["data_offsets"][1] for tensor in header.values()]
-        tensors = [StoredTensor(name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()]
+        spans = {name: tuple(map(int, tensor["data_offsets"])) for name, tensor in header.items()}
+        tensors = [
+            StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]), number, start + spans[name][0])
+            for name, tensor in header.items()
+        ]
+        whole = all(end - begin == tensor.nbytes for tensor, (begin, end) in zip(tensors, spans.values(), strict=True))
     except Exception as error:  # whatever a damaged header makes of it
-        raise _refused("one of the weights' files is damaged; copy it anew") from error
-    if file.stat().st_size < max(ends, default=0):
+        raise damaged from error
+    # One after the other, as the format has them: what a file holds takes no more memory than the file does.
+    order = sorted(span for span in spans.values() if span[0] != span[1])
+    ends = [0, *(end for _, end in order)]
+    if file.version.size < start + max((end for _, end in spans.values()), default=0):
         raise _refused("one of the weights' files ends too early; copy it anew")
-    yield from tensors
+    if not whole or any(begin != end for (begin, _), end in zip(order, ends, strict=False)):
+        raise damaged
+    return tensors
 
 
 def _refused(why: str) -> Refused:

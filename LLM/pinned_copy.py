@@ -1,4 +1,4 @@
-"""Brings tensors to a GPU through pinned memory: from a file's own pages the driver would copy them several times slower."""
+"""Reads tensors to a GPU through pinned memory: from any other the driver would copy them several times slower."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -6,6 +6,8 @@ from queue import Empty, SimpleQueue
 
 import torch
 from torch import Tensor
+
+from LLM.stored_weights import Fill
 
 PIECE = 16 << 20  # bytes
 
@@ -21,16 +23,16 @@ class Lane:
             [(piece, torch.cuda.Event() if on_gpu else None) for piece in pieces]  # type: ignore[no-untyped-call]
         )
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        """Give a copy of a tensor of the CPU's on the device, which is there for what the device does next."""
-        brought = torch.empty_like(tensor, device=self._device, memory_format=torch.contiguous_format)
-        source, target = (t.reshape(-1).view(torch.uint8) for t in (tensor, brought))
-        for start in range(0, tensor.nbytes, PIECE):
-            part, (piece, gone) = source[start : start + PIECE], next(self._turns)
+    def bring(self, size: int, fill: Fill) -> Tensor:
+        """Give bytes on the device, which are there for what the device does next."""
+        brought = torch.empty(size, dtype=torch.uint8, device=self._device)
+        for start in range(0, size, PIECE):
+            piece, gone = next(self._turns)
             if gone:
                 gone.synchronize()
-            piece[: len(part)].copy_(part)
-            target[start : start + PIECE].copy_(piece[: len(part)], non_blocking=True)
+            part = piece[: min(PIECE, size - start)]
+            fill(part, start)
+            brought[start : start + PIECE].copy_(part, non_blocking=True)
             if gone:
                 gone.record(torch.cuda.current_stream(self._device))
         return brought
@@ -43,12 +45,12 @@ class PinnedCopy:
         self._device = device
         self._idle: SimpleQueue[Lane] = SimpleQueue()
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Give a copy of a tensor of the CPU's on the device."""
+    def __call__(self, size: int, fill: Fill) -> Tensor:
+        """Give bytes on the device, read by `fill`."""
         try:
             lane = self._idle.get_nowait()
         except Empty:
             lane = Lane(self._device)
-        brought = lane.bring(tensor)
+        brought = lane.bring(size, fill)
         self._idle.put(lane)
         return brought

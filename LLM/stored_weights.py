@@ -6,28 +6,49 @@ from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from LLM._base_model_handler import Progress
-from LLM.model_folder import ModelFolder
+from LLM.loading.steady_file import SteadyFile, check_unchanged
+from LLM.model_folder import ModelFolder, StoredTensor
 
-# Brings a tensor to where its model is to be.
-Bring = Callable[[torch.Tensor], torch.Tensor]
+# torch's types by safetensors' names.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+}
+
+# Fills a tensor of bytes with those of a stored one, from a place on.
+Fill = Callable[[torch.Tensor, int], None]
+# Makes a tensor where its model is to be, given how many bytes it has and what fills them.
+Bring = Callable[[int, Fill], torch.Tensor]
 
 
 class StoredWeight:
     """A tensor that is still in its file; to index it is to read it, as with the slices that transformers takes."""
 
-    def __init__(self, name: str, file: Any, bring: "Bring", reading: "Reading") -> None:
-        self._name = name
+    def __init__(self, tensor: StoredTensor, file: SteadyFile, bring: Bring, reading: "Reading") -> None:
+        self._tensor = tensor
         self._file = file
         self._bring = bring
         self._reading = reading
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._bring(self._file.get_tensor(self._name)[index])
-        self._reading.has_read(self._name)
+        stored = self._bring(self._tensor.nbytes, self._fill)
+        tensor = stored.view(DTYPES[self._tensor.element]).view(self._tensor.shape)[index]
+        self._reading.has_read(self._tensor.name)
         return tensor
+
+    def _fill(self, part: torch.Tensor, start: int) -> None:
+        self._file.read_into(memoryview(part.numpy()), self._tensor.offset + start)
+
+
+def in_memory(size: int, fill: Fill) -> torch.Tensor:
+    """Read a tensor's bytes into the CPU's memory."""
+    stored = torch.empty(size, dtype=torch.uint8, device="cpu")
+    fill(stored, 0)
+    return stored
 
 
 class Reading:
@@ -61,9 +82,15 @@ class Reading:
 def stored_weights(
     folder: ModelFolder, quantised: Collection[str], bring: Bring, progress: Progress
 ) -> Iterator[dict[str, StoredWeight]]:
-    """Give the folder's tensors by name, while its files are open."""
+    """Give the folder's tensors by name, while its files are open.
+
+    Raises:
+        Refused: `load_failed` for a file that is no longer what the folder was told to hold, also at the end.
+    """
     reading = Reading({tensor.name: tensor.nbytes for tensor in folder.tensors}, quantised, progress)
     with ExitStack() as open_files:
-        files = [open_files.enter_context(safe_open(file, framework="pt")) for file in folder.files]
-        yield {name: StoredWeight(name, file, bring, reading) for file in files for name in file.keys()}  # noqa: SIM118
+        known = folder.versions[: len(folder.files)]
+        files = [open_files.enter_context(SteadyFile(path, version)) for path, version in known]
+        yield {tensor.name: StoredWeight(tensor, files[tensor.file], bring, reading) for tensor in folder.tensors}
+        check_unchanged(folder.versions)
         reading.end()

@@ -14,6 +14,7 @@ from LLM.gguf_file import GgufFile
 from LLM.gguf_tokenizer import tokenizer_of
 from LLM.listing import MODELS_ROOT
 from LLM.loader import _chat_template
+from LLM.loading.steady_file import SteadyFile
 from LLM.model_srv_google_gemma_3_270m_it import ModelHandler as InstructionTuned
 from LLM.model_srv_wsserver_echo import EchoRunner
 from LLM.placement import plan
@@ -59,7 +60,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def file(folder: Path) -> GgufFile:
-    return gguf_file.read(next(folder.glob("*.gguf")))
+    return gguf_file.read(SteadyFile(next(folder.glob("*.gguf"))))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from LLM import gguf_file
 from LLM.gguf_tokenizer import tokenizer_of
+from LLM.loading.steady_file import SteadyFile
 from tests.gguf_writer import add_tokenizer, finish
 from tests.makers import llama_tokenizer, mistral_tokenizer, nemo_tokenizer
 
@@ -37,7 +38,7 @@ def of_gguf(path: Path, tokenizer: Tokenizer, pre: str, begin: int | None) -> To
     if begin is not None:
         writer.add_bos_token_id(begin)
     finish(writer)
-    return tokenizer_of(gguf_file.read(path)).backend_tokenizer
+    return tokenizer_of(gguf_file.read(SteadyFile(path))).backend_tokenizer
 
 
 def assert_the_same(made: Tokenizer, real: Tokenizer) -> None:
