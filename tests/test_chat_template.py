@@ -216,7 +216,7 @@ def test_the_process_dies_with_a_server_that_is_killed(source: str):
         "process = TemplateProcess()\n"
         "process.ask({'template': '', 'values': {}}, 60.0, lambda: None)\n"
         "print(process.pid, flush=True)\n"
-        f"if {source == 'endless'}: process.ask({{'template': {NESTED!r}, 'values': {{}}}}, 1.0, sys.stdin.read)\n"
+        f"if {source == 'endless'}: process.ask({{'template': {NESTED!r}, 'values': {{}}}}, 600.0, lambda: print(flush=True))\n"
         "sys.stdin.read()\n"
     )
     with subprocess.Popen(
@@ -224,6 +224,8 @@ def test_the_process_dies_with_a_server_that_is_killed(source: str):
     ) as server:
         assert server.stdout
         pid = int(server.stdout.readline())
+        if source == "endless":
+            server.stdout.readline()  # it renders
         child = os.pidfd_open(pid)
         server.kill()
     asyncio.run(gone(child))

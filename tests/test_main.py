@@ -66,8 +66,8 @@ class Process:
         self.process.send_signal(number)
 
     @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
-        async with connect(self.url, compression=None) as socket:
+    async def client(self, **options: Any) -> AsyncIterator[Client]:
+        async with connect(self.url, compression=None, **options) as socket:
             yield Client(socket)
 
 
@@ -205,6 +205,58 @@ async def test_a_folder_that_hangs_is_told_and_does_not_hold_up_the_end(tmp_path
             ready = running.url.replace("ws://", "http://").replace("/ws", "/readyz")
             while (told := await asyncio.to_thread(body, ready)) != "reading a model's folder hangs\n":
                 assert told == "ready\n"
+            running.signal()
+            assert await running.ends() == 0
+        finally:
+            os.close(writer)
+
+
+STUCK = """
+from dataclasses import replace
+
+from LLM.chat.template import ChatTemplate
+from LLM.model_srv_wsserver_echo import ModelHandler as Echo
+
+
+class ModelHandler(Echo):
+    model_ids = ("acme/stuck",)
+
+    def load(self, *args):
+        return replace(super().load(*args), chat_template=ChatTemplate("{{ 9**(9**9) }}", {}, 3600.0))
+
+    def encode_prompt(self, model, prompt):
+        return [open("FIFO").read()]
+
+    def encode_chat(self, model, messages):
+        open("FIFO").close()
+        return model.chat_template(messages)
+"""
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+async def test_a_prompt_whose_reading_hangs_does_not_hold_up_the_end(tmp_path: Path, kind: str, cancelled: bool):
+    """A drop-in that reads for ever stands for a tokenizer, and its template for an endless one."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "model_srv_acme_stuck.py").write_text(STUCK.replace("FIFO", str(fifo)))
+    options = ["--models", str(tmp_path), "--drain-timeout", "1"]
+    asked = {"prompt": "x"} if kind == "prompt" else {"messages": [{"role": "user", "content": "x"}]}
+    elsewhere = ("127.0.0.2", 0)  # another client's address
+    async with (
+        serving(tmp_path, *options) as running,
+        running.client() as client,
+        running.client(local_addr=elsewhere) as other,
+    ):
+        await client.send(type="init", model="acme/stuck")
+        await client.until("ready")
+        await client.send(type="generate", id="g", **asked)
+        writer = await opened_by_a_reader(fifo)
+        try:
+            if cancelled:
+                await client.send(type="cancel", id="g")
+                assert (await client.until("done"))["finish_reason"] == "cancelled"
+            assert (await other.generate(prompt="hi"))["joined"] == "hi"
             running.signal()
             assert await running.ends() == 0
         finally:

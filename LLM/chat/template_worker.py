@@ -5,6 +5,8 @@ take time and memory from nothing else, and whoever started the process can kill
 """
 
 import json
+import os
+import select
 import struct
 import sys
 from collections.abc import Callable, Iterable
@@ -17,9 +19,10 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 try:
+    import fcntl
     import resource
 except ImportError:  # not to be had on every platform
-    resource = None  # type: ignore[assignment]
+    fcntl = resource = None  # type: ignore[assignment]
 
 LENGTH = struct.Struct(">I")
 # Bytes of address space, and characters of output, to which each byte of a request adds.
@@ -34,7 +37,20 @@ def main() -> None:
     _write(answers, {"ready": True})
     while header := requests.read(LENGTH.size):
         payload = requests.read(LENGTH.unpack(header)[0])
-        _write(answers, _answer(payload))
+        _end_with(requests, True)
+        answer = _answer(payload)
+        _end_with(requests, False)
+        _write(answers, answer)
+
+
+def _end_with(requests: BinaryIO, now: bool) -> None:
+    """Have the system end this process by SIGIO once stdin ends, or no more: nothing else comes there during a render."""
+    if fcntl is not None:
+        fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(requests, fcntl.F_GETFL) & ~os.O_ASYNC
+        fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC if now else flags)
+        if now and select.select([requests], [], [], 0)[0]:
+            sys.exit()  # it had ended before
 
 
 def _write(stream: BinaryIO, answer: dict[str, Any]) -> None:
