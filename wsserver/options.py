@@ -228,8 +228,8 @@ GROUPS = {
             "mqtt-messages-per-second",
             values.rate,
             "X",
-            "messages of all publishers that are read a second, those without a user in their topic half as many; one "
-            "publisher has --messages-per-second; those of ten seconds may come at once, and cancels count apart",
+            "messages of all publishers that are read a second, of those without a user in their topic half as many; "
+            "one publisher may send as many as a connection; those of ten seconds may come at once, cancels count apart",
         ),
         Option(
             "mqtt-ca", values.file, "FILE", "file of the certificates that the broker's is checked with, if not the system's"
