@@ -143,6 +143,7 @@ def test_a_limit_of_protocol_md_has_the_default_of_its_option() -> None:
         "--max-auth-failures": f"{config.max_auth_failures} a minute",
         "--handshakes-per-second": of_rate(config.handshakes_per_second),
         "--messages-per-second": of_rate(config.messages_per_second),
+        "--mqtt-messages-per-second": of_rate(config.mqtt_messages_per_second),
         "--tokens-per-minute": f"{config.tokens_per_minute:,} a minute",
         "--max-active-per-client": "half",
         "--max-prompt-tokens": "what the context has room for",

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from wsserver.auth import Keys
 from wsserver.config import BadSetting, Config
 from wsserver.protocol import Detached, Done, Error, FinishReason, ServerMessage, Timings, Token, Usage
+from wsserver_mqtt import intake as intake_module
 from wsserver_mqtt.address import address, see_to_keys
 from wsserver_mqtt.answered import Answered, Asked
 from wsserver_mqtt.back_off import delays
+from wsserver_mqtt.guesses import Guesses
 from wsserver_mqtt.incoming import Incoming, Unanswerable, read
+from wsserver_mqtt.intake import Excess, Intake, Publisher
 from wsserver_mqtt.messages import Arrived
 from wsserver_mqtt.pace import Pace
+from wsserver_mqtt.share import Share
 from wsserver_mqtt.topics import Topics, topics
 
 KITCHEN = Topics("llm/kitchen", ("devices",))
@@ -279,3 +283,99 @@ def test_waits_grow_to_a_bound_and_are_drawn() -> None:
     for wait, most in zip(waits, [1, 2, 4, 8, 16, 30, 30, 30, 30, 30], strict=True):
         assert most / 2 <= wait <= most
     assert waits != list(itertools.islice(delays(1.0, 30.0, random.Random(2)), 10))
+
+
+# Who is read, and how much.
+
+
+def intake(each: float = 1.0, together: float = 100.0) -> Intake:
+    return Intake(each, together)
+
+
+ALICE, BOB, SOMEBODY = Publisher("alice", "a", False), Publisher("bob", "b", False), Publisher("", "r", False)
+
+
+def test_a_publisher_has_its_rate_whatever_topics_for_answers_it_names() -> None:
+    bounds = intake()
+    let_in = [bounds.take(ALICE._replace(reply=str(number)), 10, 0.0) is None for number in range(30)]
+    assert let_in == [True] * 10 + [False] * 20
+    assert bounds.take(BOB, 10, 0.0) is None
+    assert bounds.take(ALICE._replace(cancels=True), 10, 0.0) is None, "a cancel comes through"
+    assert bounds.take(ALICE, 10, 1.0) is None, "after a second there is one more"
+    assert bounds.take(ALICE, 10, 1.0) is not None
+
+
+def test_one_answer_a_second_tells_of_those_that_were_dropped() -> None:
+    bounds = intake()
+    for _ in range(10):
+        bounds.take(ALICE, 10, 0.0)
+    told = [bounds.take(ALICE, 10, now) for now in (0.0, 0.0, 0.0, 0.5)]
+    assert [excess and excess.answered for excess in told] == [True, False, False, False]
+    assert bounds.take(ALICE, 10, 1.5) is None, "one and a half were filled up meanwhile"
+    assert bounds.take(ALICE, 10, 1.5) == Excess(answered=True, dropped=3, retry_after=0.5)
+    assert bounds.dropped() == 3
+    assert bounds.dropped() == 0
+
+
+def test_those_without_a_user_leave_half_to_the_others() -> None:
+    bounds = intake(each=10.0, together=20.0)
+    let_in = sum(bounds.take(SOMEBODY._replace(reply=str(number)), 10, 0.0) is None for number in range(1000))
+    assert let_in == 100, "half of the 200 of ten seconds"
+    assert all(bounds.take(ALICE, 10, 0.0) is None for _ in range(100))
+    assert bounds.take(BOB, 10, 0.0) is not None, "and that was all there is"
+
+
+def test_long_messages_count_more_and_so_many_publishers_are_remembered() -> None:
+    bounds = intake(each=10.0, together=1e9)
+    assert sum(bounds.take(ALICE, 40 * 4096, 0.0) is None for _ in range(100)) == 3
+    for number in range(5000):
+        bounds.take(Publisher(str(number), "", False), 10, 0.0)
+    assert len(bounds) == intake_module.REMEMBERED
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["", "u", "v"]), st.floats(0, 0.5)), max_size=200))
+def test_what_is_let_in_answered_and_dropped_is_all_there_was(asked: list[tuple[int, str, float]]) -> None:
+    bounds, now, let_in, answered = Intake(0.5, 2.0), 0.0, 0, 0
+    for reply, user, pause in asked:
+        now += pause
+        excess = bounds.take(Publisher(user, str(reply), False), 10, now)
+        let_in += excess is None
+        answered += excess is not None and excess.answered
+    assert let_in <= 20 + 2 * now + 1
+    assert answered <= 20 + 20 * now + 1
+    assert let_in + answered + bounds.dropped() == len(asked)
+
+
+def test_guesses_of_all_names_together_are_bounded_and_known_ones_go_on() -> None:
+    guesses = Guesses(limit=3)
+    guesses.right("alice", "a")
+    for number in range(200):
+        if not guesses.wait(f"user {number}", "r", 0.0):
+            guesses.wrong(f"user {number}", "r", 0.0)
+    assert guesses.wait("somebody new", "r", 0.0) > 0, "thirty of all names were compared"
+    assert guesses.wait("alice", "another", 0.0) == 0
+    assert guesses.wait("somebody new", "r", 60.0) == 0
+    for _ in range(3):
+        guesses.wrong("alice", "a", 61.0)
+    assert guesses.wait("alice", "a", 61.0) == 60
+    assert guesses.wait("bob", "b", 61.0) == 0, "she guesses at her own cost"
+
+
+def test_without_a_name_a_topic_is_known_by_the_right_key_that_was_shown_there() -> None:
+    guesses = Guesses(limit=2)
+    guesses.right("", "mine")
+    for number in range(2):
+        guesses.wrong("", f"other {number}", 0.0)
+    assert guesses.wait("", "a third", 0.0) == 60
+    assert guesses.wait("", "mine", 0.0) == 0
+    assert guesses.wait("alice", "mine", 0.0) == 0, "a name is counted by itself"
+
+
+@given(st.lists(st.tuples(st.floats(0, 0.1), st.floats(0, 0.05)), min_size=1, max_size=100))
+def test_work_takes_no_more_than_its_share_of_the_time(pieces: list[tuple[float, float]]) -> None:
+    share, now, worked = Share(0.2, 0.02), 0.0, 0.0
+    for pause, work in pieces:
+        now += pause
+        assert worked <= 0.02 + 0.2 * now + max(work for _, work in pieces) + 1e-9
+        worked += work
+        now += work + share.rest_after(work, now + work)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -234,16 +235,60 @@ async def test_a_key_is_shown_with_every_message(broker: Mosquitto, in_payload: 
         assert {id for id in ("g", "g2", "g3") if model.steps_of(id)} == {"g"}
 
 
-async def test_whoever_sends_wrong_keys_is_not_answered_for_a_while(broker: Mosquitto) -> None:
-    async with serving(broker, Keys(KEYS), max_auth_failures=2) as (_, _, _), device(broker) as client:
-        for id in "ab":
-            await ask(client, "a wrong key", True, **REQUEST | {"id": id})
-            await client.until("done", id=id)
-        await client.publish(f"{ROOT}/request", orjson.dumps(REQUEST | {"token": "alice's key"}))
-        async with device(broker, "other") as other:
-            await ask(other, "alice's key", True, type="status")
-            await other.until("status")
-        assert len(client.frames) == 2
+class Counting(Keys):
+    """Keys that count how often one is compared."""
+
+    compared = 0
+
+    def whose(self, key: str) -> str | None:
+        self.compared += 1
+        return super().whose(key)
+
+
+async def answer(client: Device, kind: str) -> dict[str, Any]:
+    """Give the next frame of a kind, unjudged: the checker knows nothing of what the test publishes by itself."""
+    while (frame := await client.receive_unjudged())["type"] != kind:
+        pass
+    return frame
+
+
+async def guess(client: Device, number: int, at: str = "request", reply: str | None = None) -> None:
+    """Publish a wrong key, for an answer at another topic each time unless one is named."""
+    message = {"type": "status", "token": f"wrong {number}", "reply_to": reply or f"{ROOT}/reply/guess-{number}"}
+    await client.client.publish(f"{ROOT}/{at}", orjson.dumps(message), qos=1)
+
+
+async def test_wrong_keys_are_counted_together_whatever_topics_they_name(broker: Mosquitto) -> None:
+    keys = Counting(KEYS)
+    async with serving(broker, keys, max_auth_failures=3), device(broker) as known, device(broker, "guesser") as guesser:
+        await ask(known, "alice's key", True, type="status")
+        await answer(known, "status")
+        for number in range(50):
+            await guess(guesser, number)
+        # The right key of one that is not known is what a guess would find out.
+        await ask(guesser, "alice's key", True, type="status")
+        error = await answer(guesser, "error")
+        assert (error["code"], 0 < error["retry_after_ms"] <= 60_000) == ("rate_limited", True)
+        assert keys.compared == 1 + 3
+        # Who has shown a right key goes on, and so does a user who guesses nothing.
+        await ask(known, "alice's key", True, type="status")
+        await answer(known, "status")
+        async with device(broker, "carol/phone") as carol:
+            await carol.publish(f"{ROOT}/request/carol", orjson.dumps({"type": "status", "token": "bob's key"}))
+            await answer(carol, "status")
+
+
+async def test_a_user_who_guesses_is_refused_though_the_name_is_known(broker: Mosquitto) -> None:
+    keys = Counting(KEYS)
+    async with serving(broker, keys, max_auth_failures=3), device(broker, "carol/phone") as carol:
+        request = f"{ROOT}/request/carol"
+        await carol.publish(request, orjson.dumps({"type": "status", "token": "bob's key"}))
+        await answer(carol, "status")
+        for number in range(5):
+            await guess(carol, number, "request/carol", f"{ROOT}/reply/carol/other-{number}")
+        await carol.publish(request, orjson.dumps({"type": "status", "token": "bob's key"}))
+        assert (await answer(carol, "error"))["code"] == "rate_limited"
+        assert keys.compared == 1 + 3
 
 
 async def test_another_key_cannot_cancel_at_the_same_topic(broker: Mosquitto) -> None:
@@ -272,6 +317,52 @@ async def test_a_key_has_its_limits_on_both_sides_together(broker: Mosquitto) ->
 
 
 # Limits.
+
+
+@pytest.mark.parametrize("keys", [None, Keys(KEYS)], ids=["without keys", "without a key"])
+async def test_a_flood_is_dropped_unread_but_for_its_rate_and_others_are_answered(
+    broker: Mosquitto, keys: Keys | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with (
+        serving(broker, keys, messages_per_second=1.0),
+        device(broker, "mallory") as mallory,
+        device(broker, "carol/phone") as carol,
+    ):
+        caplog.clear()
+        for _ in range(400):
+            await mallory.publish(f"{ROOT}/request", b'{"type":"status"}')
+        await carol.publish(f"{ROOT}/request/carol", orjson.dumps({"type": "status", "token": "bob's key"}))
+        await answer(carol, "status")
+
+        def dropped() -> int:
+            found = [
+                re.fullmatch(r"mqtt: ([0-9]+) messages came too fast and were dropped", line) for line in caplog.messages
+            ]
+            return sum(int(match[1]) for match in found if match)
+
+        # Ten come at once, and one a second after that; one a second of the others is told so. Seconds pass slowly here.
+        await eventually(lambda: dropped() > 300)
+        lines = [record for record in caplog.records if record.name.startswith("wsserver")]
+        assert len(lines) < 30
+
+
+async def test_a_flood_of_requests_does_not_hold_up_a_cancel(broker: Mosquitto) -> None:
+    async with serving(broker, messages_per_second=0.1), device(broker) as client:
+        for _ in range(5):
+            await client.publish(f"{ROOT}/request", b'{"type":"status"}')
+        assert (await answer(client, "error"))["code"] == "rate_limited"
+        await client.publish(f"{ROOT}/cancel", b'{"type":"cancel","id":"g"}')
+        assert (await answer(client, "error"))["code"] == "not_active", "it was looked at"
+
+
+async def test_what_can_not_be_answered_is_bounded_too(broker: Mosquitto, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with serving(broker, messages_per_second=0.5), device(broker, modern=False) as client:
+        for number in range(200):
+            await client.client.publish(f"{ROOT}/request", f"no answer {number}".encode(), qos=1)
+        await eventually(lambda: any("were dropped" in line for line in caplog.messages))
+        assert len([line for line in caplog.messages if "is not answered" in line]) < 30
 
 
 async def test_messages_that_come_too_fast_are_refused(broker: Mosquitto) -> None:

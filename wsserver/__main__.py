@@ -30,6 +30,7 @@ from wsserver.auth import Keys
 from wsserver.config import BadSetting, Config, parse
 from wsserver.door import see_to_keys
 from wsserver.keys_file import read_keys
+from wsserver.log_limit import LimitedHandler
 from wsserver.server import Server
 
 try:
@@ -65,7 +66,8 @@ def main() -> None:
     # Whatever the libraries would like to ask a hub for: a client's word never starts a download.
     os.environ["HF_HUB_OFFLINE"] = "1"
     command, config = parse(sys.argv[1:])
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=config.log_level.upper(), format=line, handlers=[LimitedHandler()])
     logging.getLogger("websockets").setLevel(max(logging.WARNING, logging.root.level))
     try:
         COMMANDS[command](config)

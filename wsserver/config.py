@@ -97,6 +97,7 @@ class Config:
     mqtt_root: str | None = None
     mqtt_reply_topics: tuple[str, ...] = ()
     mqtt_interval: float = 0.05
+    mqtt_messages_per_second: float = 500.0
     mqtt_ca: str = ""
     mqtt_cert: str = ""
     mqtt_key: str = ""

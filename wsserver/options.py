@@ -237,6 +237,13 @@ GROUPS = {
         ),
         Option("mqtt-interval", values.seconds, "S", "seconds between two messages of one answer, which merge"),
         Option(
+            "mqtt-messages-per-second",
+            values.rate,
+            "X",
+            "messages of all publishers that are read a second, of those without a user in their topic half as many; "
+            "one publisher may send as many as a connection; those of ten seconds may come at once, cancels count apart",
+        ),
+        Option(
             "mqtt-ca", values.file, "FILE", "file of the certificates that the broker's is checked with, if not the system's"
         ),
         Option("mqtt-cert", values.file, "FILE", "file of the certificate that the broker is shown"),

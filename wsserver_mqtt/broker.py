@@ -7,6 +7,8 @@ QoS 1. Here both can be waited for, and what was not acknowledged when the conne
 import asyncio
 import logging
 import socket
+import ssl
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from wsserver_mqtt.address import Address
 from wsserver_mqtt.messages import Arrived, Outgoing
+from wsserver_mqtt.share import Share
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ MAX_UNACKNOWLEDGED = 100
 MAX_UNREAD = 1000
 # What the broker is to deliver beside the payload: the topics, and the properties.
 ROOM_FOR_PROPERTIES = 65_536
+
+# Bytes that may lie in the socket: while it is not read, a sign of life from the broker waits behind them.
+UNREAD_BYTES = 65_536
 
 NO_SUBSCRIBERS = 0x10  # MQTT 5's "no matching subscribers"
 
@@ -56,8 +62,12 @@ class Broker(aiomqtt.Client):
             properties=connecting,
             tls_context=address.tls,
             # Without it every second small message waits for an acknowledgement of the one before, 40 ms or more.
-            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+            socket_options=[
+                (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+                (socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES),
+            ],
         )
+        self._share = Share()
         # What was published with QoS 1 and not acknowledged yet, by the library's numbers.
         self._on_their_way: dict[int, Outgoing] = {}
         self._moved = asyncio.Event()
@@ -108,6 +118,10 @@ class Broker(aiomqtt.Client):
         """Wait until the broker has acknowledged everything."""
         await self._until(lambda: not self._client.want_write() and not self._on_their_way)
 
+    def worked(self, seconds: float) -> None:
+        """Count the time that it took to answer what was read: reading rests for it."""
+        self._share.rest_after(seconds, time.monotonic())
+
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._moved.clear()
@@ -124,9 +138,51 @@ class Broker(aiomqtt.Client):
         elif message and reason_code.value == NO_SUBSCRIBERS:
             self.on_unheard(message)
 
+    def _on_socket_open(self, client: Paho, userdata: Any, sock: Any) -> None:
+        """Read a packet a turn, and none for a while once messages have taken their share of the time.
+
+        What comes meanwhile waits at the broker, which drops what is too much.
+        """
+        super()._on_socket_open(client, userdata, sock)
+        number = sock.fileno()
+        # Called from the thread that connects; the library has just asked for a reader of its own, whose place this takes.
+        self._loop.call_soon_threadsafe(self._loop.add_reader, number, self._read_packet, client, number)
+
+    def _read_packet(self, client: Paho, number: int) -> None:
+        began = time.thread_time()  # not the wall's: a model that runs keeps the interpreter meanwhile
+        try:
+            client.loop_read()
+        except Exception as error:  # as the library does: it ends the connection
+            if not self._disconnected.done():
+                self._disconnected.set_exception(error)
+            return
+        rest = self._share.rest_after(time.thread_time() - began, time.monotonic())
+        if rest and self._open_at(client, number):
+            self._loop.remove_reader(number)
+            self._loop.call_later(rest, self._read_again, client, number)
+        elif _decrypted(client):
+            self._loop.call_soon(self._read_again, client, number)
+
+    def _read_again(self, client: Paho, number: int) -> None:
+        if self._open_at(client, number):
+            self._loop.add_reader(number, self._read_packet, client, number)
+            if _decrypted(client):
+                self._read_packet(client, number)
+
+    def _open_at(self, client: Paho, number: int) -> bool:
+        """Whether the socket is the same still: another one may have got its number."""
+        sock = client.socket()
+        return sock is not None and sock.fileno() == number
+
     def _on_socket_unregister_write(self, client: Paho, userdata: Any, sock: Any) -> None:
         super()._on_socket_unregister_write(client, userdata, sock)
         self._moved.set()
+
+
+def _decrypted(client: Paho) -> bool:
+    """Whether TLS holds bytes that no reader would be told of: they have left the socket."""
+    sock = client.socket()
+    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
 
 
 def _arrived(topic: str, payload: bytes, properties: Properties | None) -> Arrived:

@@ -14,12 +14,14 @@ from typing import Self
 
 from wsserver.auth import Keys
 from wsserver.peer import Dispatch
+from wsserver.protocol import Refusal
 from wsserver.server import Server
 from wsserver_mqtt.address import Address
 from wsserver_mqtt.back_off import delays
 from wsserver_mqtt.broker import Broker, BrokerLost
 from wsserver_mqtt.bulletin import LOOK, Bulletin, Overview
 from wsserver_mqtt.incoming import Unanswerable, read
+from wsserver_mqtt.intake import Excess, Intake, Publisher
 from wsserver_mqtt.messages import Arrived, Outgoing
 from wsserver_mqtt.replies import Replies
 from wsserver_mqtt.reply import Reply
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 # Messages that are given to the library before others have a turn, and before it is looked at whether the socket takes them:
 # one costs a tenth of a millisecond.
 BATCH = 8
+TOO_FAST = "too many messages came over the broker in too short a time; send fewer"
 # Seconds for what is left to say when the server ends.
 CLOSE_TIMEOUT = 2.0
 
@@ -53,6 +56,7 @@ class Face:
         self._config = server.state.config
         self._identifier = f"wsserver-{secrets.token_hex(8)}"
         self._replies = Replies(server, keys, dispatch, self._has_news)
+        self._intake = Intake(self._config.messages_per_second, self._config.mqtt_messages_per_second)
         self._bulletin = Bulletin(topics, overview)
         self._happened = asyncio.Event()
         self._waits = waits
@@ -132,14 +136,29 @@ class Face:
 
     async def _read(self, broker: Broker) -> None:
         async for arrived in broker.arrivals():
+            began = time.thread_time()
             self._hear(arrived)
+            broker.worked(time.thread_time() - began)
+            # Many that came at once are there without a wait; others have their turn all the same.
+            await asyncio.sleep(0)
 
     def _hear(self, arrived: Arrived) -> None:
         config = self._config
+        excess = self._intake.take(self._publisher(arrived), len(arrived.payload), time.monotonic())
+        if excess and not excess.answered:
+            return  # counted, and logged once a second
         try:
-            self._replies.hear(read(arrived, self._topics, config.max_message_bytes, config.max_json_depth))
+            message = read(arrived, self._topics, config.max_message_bytes, config.max_json_depth)
+            if excess:
+                self._replies.refuse(message, _too_fast(excess))
+            else:
+                self._replies.hear(message)
         except Unanswerable as why:
             log.info("mqtt: a message at %.200a is not answered: %s", arrived.topic, why)
+
+    def _publisher(self, arrived: Arrived) -> Publisher:
+        cancels = self._topics.takes_only_cancels(arrived.topic)
+        return Publisher(self._topics.user(arrived.topic) or "", arrived.response_topic or "", cancels)
 
     async def _write(self, broker: Broker) -> None:
         while self._again:
@@ -157,6 +176,8 @@ class Face:
         while True:
             for message in self._bulletin.due(time.monotonic()):
                 broker.post(message)
+            if dropped := self._intake.dropped():
+                log.warning("mqtt: %d messages came too fast and were dropped", dropped)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK):
                     await self._happened.wait()
@@ -193,6 +214,11 @@ class Face:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._closing.wait()
+
+
+def _too_fast(excess: Excess) -> Refusal:
+    why = TOO_FAST + (f"; {excess.dropped} before this one were dropped" if excess.dropped else "")
+    return Refusal("rate_limited", why, retry_after=excess.retry_after)
 
 
 def _refused(message: Outgoing, why: str) -> None:

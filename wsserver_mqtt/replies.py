@@ -6,17 +6,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from wsserver.auth import Failures, Keys
+from wsserver.auth import Keys
 from wsserver.limits import Owner
 from wsserver.peer import Dispatch, Peer
 from wsserver.protocol import ClientMessage, Generate, Refusal
 from wsserver.server import Server
 from wsserver.session import Session
 from wsserver_mqtt.answered import Answered
-from wsserver_mqtt.incoming import Incoming, Unanswerable
+from wsserver_mqtt.guesses import Guesses
+from wsserver_mqtt.incoming import Incoming
 from wsserver_mqtt.reply import Reply
 
 TOO_FAST = "too many new topics for answers came in too short a time; use one for all requests of a client"
+TOO_MANY_GUESSES = "$.token: too many wrong keys were shown here; try again in a minute"
 TOO_MANY = "too many topics for answers are in use; wait for an answer, or use one for all requests of a client"
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class Replies:
         self._keys = keys
         self._dispatch = dispatch
         self._on_news = on_news
-        self._failures = Failures(self._config.max_auth_failures)
+        self._guesses = Guesses(self._config.max_auth_failures)
         self._answered = Answered(self._config.resume_window)
         self._replies: OrderedDict[tuple[str, Owner], Reply] = OrderedDict()
 
@@ -39,13 +41,13 @@ class Replies:
         return len(self._replies)
 
     def hear(self, message: Incoming) -> None:
-        """Take a message in, and answer it.
-
-        Raises:
-            Unanswerable: too many wrong keys came with its topic.
-        """
+        """Take a message in, and answer it."""
         now = time.monotonic()
-        key = self._key(message, now)
+        try:
+            key = self._key(message, now)
+        except Refusal as refusal:
+            self.refuse(message, refusal)
+            return
         owner = Owner("mqtt", message.user) if key is None else Owner("key", key)
         if key is None and self._keys.required:
             self._make(message, owner, key, self._dispatch).hear(message)  # which refuses whatever it says
@@ -56,6 +58,10 @@ class Replies:
             self._make(message, owner, key, _refusing(refusal)).hear(message)
         else:
             reply.hear(message)
+
+    def refuse(self, message: Incoming, refusal: Refusal) -> None:
+        """Answer a message without looking at whose it is."""
+        self._make(message.reply, Owner("mqtt", message.user), None, self._dispatch).refuse(message, refusal)
 
     def give_up(self) -> None:
         """Stop everything that runs: nobody can hear of it."""
@@ -71,14 +77,20 @@ class Replies:
         self._server.guests.difference_update(self._replies.values())
 
     def _key(self, message: Incoming, now: float) -> str | None:
-        """Give the name of the key that a message shows."""
+        """Return the name of the key that a message shows.
+
+        Raises:
+            Refusal: `rate_limited`, there were too many wrong ones; this one was not compared.
+        """
         if not self._keys.required or message.token is None:
             return None
-        if self._failures.wait(message.reply, now):
-            raise Unanswerable("too many wrong keys came with that topic for answers")
+        if seconds := self._guesses.wait(message.user, message.reply, now):
+            raise Refusal("rate_limited", TOO_MANY_GUESSES, retry_after=seconds)
         key = self._keys.whose(message.token)
-        if key is None:
-            self._failures.add(message.reply, now)
+        if key is not None:
+            self._guesses.right(message.user, message.reply)
+        else:
+            self._guesses.wrong(message.user, message.reply, now)
             log.warning("%.200a: a wrong key", message.reply)
         return key
 

@@ -34,6 +34,7 @@ from wsserver.protocol import (
     ServerMessage,
     Started,
     Token,
+    decode,
     encode,
 )
 from wsserver.resumables import Resumables
@@ -115,6 +116,20 @@ class Reply:
             pass  # it was answered, and nothing is kept of one who has no key
         except (TooManyBadMessages, TooManyMessages) as error:
             log.info("session %s: not answering, %s", self.peer.session.id, type(error).__name__)
+        finally:
+            self._heard = None
+
+    def refuse(self, message: Incoming, refusal: Refusal) -> None:
+        """Answer a message with a refusal, whatever it asks for."""
+        session = self.peer.session
+        self._heard = message
+        try:
+            asked = decode(message.text or "", session.server.config.max_json_depth)
+            id: str | None = getattr(asked, "id", None)
+            told = Refusal(refusal.code, refusal.message, id, isinstance(asked, Generate), refusal.retry_after)
+            self.push(session.answer(told))
+        except Refusal:  # it cannot be read; what is wrong with that is said when there is time
+            self.push(session.answer(refusal))
         finally:
             self._heard = None
 
