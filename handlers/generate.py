@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from dataclasses import fields, replace
 from functools import partial
 
+from handlers.loads import may_load
 from handlers.waiting import Late, Stopped, chosen_model, refusal, until_stopped
 from LLM._base_model_handler import ChatMessage, GenerationOptions
 from LLM.engine import request as engine
@@ -69,7 +70,9 @@ async def _prepare(
     def on_position(position: int) -> None:
         job.send(Queued(id=job.id, position=position))
 
-    model = await use.enter_async_context(models.use(spec, Waiter(on_position=on_position, owner=session.id)))
+    may = partial(may_load, session, models, spec)
+    waiter = Waiter(on_position=on_position, owner=session.owner, on_load=may)
+    model = await use.enter_async_context(models.use(spec, waiter))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     _log_content(session, job, "asks", prompt)
     return model, await model.request((session.id, job.id, job.number), prompt, _options(message))

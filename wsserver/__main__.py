@@ -118,9 +118,11 @@ async def serve(config: Config) -> bool:
         OSError: the address cannot be listened on.
     """
     keys, certified, reads = _secured(config)
-    keeping, root = Keeping(config.memory, config.keep_alive), config.models or MODELS_ROOT
-    models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping)
-    asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
+    root = config.models or MODELS_ROOT
+    models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping(config))
+    asked = dict.fromkeys([models.resolve(), *map(models.resolve, (*config.pin, *config.preload))])
+    for name in config.allow_load:
+        models.resolve(name)  # one that is not there is told now
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
         server = Server(config, dispatcher(models), lambda: models.problem, keys, certified)
@@ -160,6 +162,12 @@ def _face(config: Config, server: Server, keys: Keys, models: ModelService) -> A
 def engine_settings(config: Config) -> EngineSettings:
     """Give how models run once they are loaded."""
     return EngineSettings(config.max_active, config.prefill_stretch, config.max_queue, config.step_timeout)
+
+
+def keeping(config: Config) -> Keeping:
+    """Give which models stay loaded."""
+    most, per_client = config.max_models, config.max_models_per_client
+    return Keeping(config.memory, config.keep_alive, config.pin, most, per_client, config.load_timeout)
 
 
 def load_options(config: Config) -> LoadOptions:
