@@ -147,10 +147,6 @@ class Model:
             return "restarting" if self.restarts.by_itself else "failed"
         return "restarting" if self.restarts.down else "loading"
 
-    async def load_over(self) -> None:
-        """Wait until its load has ended, however it did."""
-        await asyncio.wait([self._load])
-
     async def wait(self, waiter: Waiter) -> None:
         """Wait until the model is loaded; leaving is by asyncio's cancellation, and the last one to leave ends the load.
 

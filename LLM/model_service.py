@@ -157,29 +157,20 @@ class ModelService:
 
     async def _find(self, spec: ModelSpec, waiter: Waiter) -> Model:
         """Give the model that is loaded or being loaded; begin to load it if it is neither."""
-        while True:
-            plan = await self._plans.get(spec)
-            settled = ModelSpec(spec.model, plan.options)
-            if spec == self._default_asked:
-                self._default_spec = settled
-            if spec in self._pinned:
-                self._pinned[spec] = settled
-            model = self._models.get(settled)
-            if model and not model.failed:
-                return model
-            if busy := self._load_for(waiter.owner):
-                await busy.load_over()  # the loads of one client come one after the other
-                continue
-            try:
-                return self._load(settled, plan, waiter, model)
-            except Refused:
-                self._plans.forget(spec)
-                raise
-
-    def _load_for(self, owner: Hashable) -> Model | None:
-        """Give the model that is being loaded because a client asked for it."""
-        loading = (model for model in self._models.values() if model.state == "loading")
-        return next((model for model in loading if owner is not None and model.tenants.begun_by == owner), None)
+        plan = await self._plans.get(spec)
+        settled = ModelSpec(spec.model, plan.options)
+        if spec == self._default_asked:
+            self._default_spec = settled
+        if spec in self._pinned:
+            self._pinned[spec] = settled
+        model = self._models.get(settled)
+        if model and not model.failed:
+            return model
+        try:
+            return self._load(settled, plan, waiter, model)
+        except Refused:
+            self._plans.forget(spec)
+            raise
 
     def _load(self, spec: ModelSpec, plan: Plan, waiter: Waiter, dead: Model | None) -> Model:
         for idle in self._leaving_for(plan, waiter, dead):

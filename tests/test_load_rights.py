@@ -112,22 +112,25 @@ async def test_a_pinned_model_stays_without_users_and_the_default_one_goes_by_ke
         await eventually(lambda: there(service) == ["a/a"])
 
 
-async def test_the_loads_of_one_client_come_one_after_the_other() -> None:
-    async with serving("a/a", "b/b", "c/c") as (service, (_, first, second, third)):
-        for model in (first, second, third):
+async def test_a_client_has_no_more_models_loading_at_once_than_its_share() -> None:
+    async with serving("a/a", "b/b", "c/c") as (service, (_, *models)):
+        for model in models:
             model.load_gate.shut()
-        mine = asyncio.create_task(load(service, "me", "a/a"))
-        await first.in_load_stage(1)
-        next_one = asyncio.create_task(load(service, "me", "b/b"))
-        others = asyncio.create_task(load(service, "other", "c/c"))
-        await third.in_load_stage(1)
-        assert second.loads == 0
-        mine.cancel()
-        first.open()
-        second.open()
-        third.open()
-        await asyncio.gather(next_one, others)
-        assert second.loads == 1
+        mine = [asyncio.create_task(load(service, "me", name)) for name in ("a/a", "b/b")]
+        await models[0].in_load_stage(1)
+        await models[1].in_load_stage(1)
+        with pytest.raises(Refused, match="this one uses: a/a, b/b"):
+            await load(service, "me", "c/c")
+        # One that was cancelled has to give up first: its thread still loads.
+        mine[0].cancel()
+        await asyncio.wait([mine[0]])
+        others = asyncio.create_task(load(service, "me", "c/c"))
+        await eventually(lambda: "c/c" in there(service))
+        assert models[2].loads == 0
+        for model in models:
+            model.open()
+        await asyncio.gather(mine[1], others)
+        assert (models[0].load_stages, models[2].loads) == (1, 1)
 
 
 async def test_a_client_may_begin_so_many_loads_a_minute_and_is_told_when_the_next() -> None:

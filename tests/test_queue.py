@@ -5,6 +5,8 @@ import pytest
 from tests.conftest import Client, Running, eventually
 from tests.scripted import ScriptedModel, scripted
 
+ELSEWHERE = ("127.0.0.2", 0)  # an address of its own makes another client
+
 
 async def in_line(server: Running, waiting: int) -> None:
     await eventually(lambda: sum(entry["queued"] for entry in server.models.status()) == waiting)
@@ -48,7 +50,7 @@ async def busy(request: pytest.FixtureRequest):
 
 async def test_two_connections_are_served_in_turn_however_many_one_asked_for(busy) -> None:
     server, model = busy
-    async with server.client() as heavy, server.client() as light:
+    async with server.client() as heavy, server.client(local_addr=ELSEWHERE) as light:
         await ask(server, heavy, "abc")
         await ask(server, light, "x", already=3)
         await through_the_load(server, model, 4 + bool(model.steps))
@@ -67,7 +69,7 @@ async def test_two_connections_are_served_in_turn_however_many_one_asked_for(bus
 
 async def test_a_place_in_line_is_told_again_when_somebody_comes_in_between(busy) -> None:
     server, model = busy
-    async with server.client() as heavy, server.client() as light:
+    async with server.client() as heavy, server.client(local_addr=ELSEWHERE) as light:
         await ask(server, heavy, "abc")
         model.step_gate.let(1)
         assert (await heavy.until("queued", id="c"))["position"] == 3
@@ -82,7 +84,7 @@ async def test_a_place_in_line_is_told_again_when_somebody_comes_in_between(busy
 
 async def test_over_the_bound_the_one_who_would_be_served_last_is_told_when_to_come_again(busy) -> None:
     server, model = busy
-    async with server.client() as heavy, server.client() as light:
+    async with server.client() as heavy, server.client(local_addr=ELSEWHERE) as light:
         await ask(server, heavy, "abcd")
         await one_too_many(server, model, heavy, "e")
         error = (await heavy.done("e"))["error"]

@@ -218,14 +218,14 @@ GROUPS = {
             "client-loads",
             values.client_loads,
             "WHICH",
-            "models that clients may have loaded: off, none; listed, those of --model, --pin, --preload and --allow-load, "
-            "with the server's own dtype, device and quantization; any. What is loaded may be used in any case",
+            "models that clients may have loaded: off, none; listed, those that are loaded at the start and those allowed "
+            "by name, with the server's own dtype, device and quantization; any. What is loaded may be used in any case",
         ),
         Option(
             "allow-load",
             values.names,
             "MODELS",
-            "models that clients may have loaded where --client-loads is listed, with commas between them",
+            "models that clients may have loaded where only listed ones may, with commas between them",
         ),
         Option("loads-per-minute", values.positive, "N", "loads of models that one client may begin a minute"),
         Option(

@@ -12,10 +12,9 @@ RECENT = 30.0
 
 
 class Tenants:
-    """The owners that use one model. None is the server itself."""
+    """The owners that use one model, after the one that had it loaded. None is the server itself."""
 
     def __init__(self, begun_by: Hashable = None, pinned: bool = False) -> None:
-        self.begun_by = begun_by  # who had it loaded
         self.pinned = pinned  # whether it stays when others need its room
         self._using: Counter[Hashable] = Counter()
         self._last: Hashable = begun_by
