@@ -3,7 +3,15 @@
 from typing import Literal
 
 Reason = Literal[
-    "bad_message", "model_not_found", "load_failed", "context_length_exceeded", "overloaded", "unsupported", "internal"
+    "bad_message",
+    "forbidden",
+    "rate_limited",
+    "model_not_found",
+    "load_failed",
+    "context_length_exceeded",
+    "overloaded",
+    "unsupported",
+    "internal",
 ]
 
 

@@ -17,12 +17,14 @@ from LLM.engine.request import GenerationRequest
 from LLM.engine.step import Runner
 from LLM.engine.thread import STOPPED, GenerationEngine
 from LLM.errors import Refused
+from LLM.lifecycle.tenants import Tenants
 from LLM.restarts import Restarts
 from LLM.waiters import Waiter as Waiter
 from LLM.waiters import Waiters
 
 log = logging.getLogger(__name__)
 
+TOO_LONG = "loading the model took longer than the {:g} s that --load-timeout allows; use another one, or tell the operator"
 FAILED = "the model failed to load; the server's operator finds the details in its log"
 PROGRESS_INTERVAL = 0.2  # seconds between two reports of one stage's progress
 
@@ -73,17 +75,20 @@ class Model:
         restarts: Restarts,
         clock: Clock,
         texts: BlockingCalls,
+        tenants: Tenants,
+        load_timeout: float,
         after: "Collection[asyncio.Task[None]]" = (),
     ) -> None:
         self.spec = spec
         self.engine = engine
         self.restarts = restarts
         # Who uses it, so that it stays; since when nobody does; and what will unload it then.
-        self.users = 0
+        self.tenants = tenants
         self.unused_since: float | None = None
         self.expiry: asyncio.TimerHandle | None = None
         self._handler = handler
         self._planned_bytes = planned_bytes
+        self._load_timeout = load_timeout
         self._after = after
         self._texts = texts
         self._folder = folder
@@ -113,12 +118,17 @@ class Model:
         """What it takes there, as far as that is known; nothing once it was closed."""
         if self._loaded:
             return self._loaded.runner.memory_bytes
-        return 0 if self._load.done() else self._planned_bytes
+        return 0 if self._load.done() and not self.engine.stuck else self._planned_bytes
 
     @property
     def left_at(self) -> float | None:
-        """When its last user left it; None while somebody uses it, or its engine hangs and holds it for ever."""
-        return None if self.engine.stuck else self.unused_since
+        """When its last user left it; None while somebody uses it, or it is to stay, or its engine hangs and holds it."""
+        return None if self.engine.stuck or self.pinned else self.unused_since
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it leaves for no other one."""
+        return self.tenants.pinned
 
     @property
     def failed(self) -> bool:
@@ -234,7 +244,7 @@ class Model:
         began = time.monotonic()
         load = partial(self._handler.load, self._folder, self.spec.options, progress)
         try:
-            self._loaded = await self.engine.start(load, on_death=partial(self._on_change, self))
+            self._loaded = await self._start(load)
         except Abandoned:
             log.info("gave up loading %s: nobody waits for it any more", self.spec.model)
             raise
@@ -251,6 +261,16 @@ class Model:
         self.restarts.loaded(self._clock.now())
         how = (loaded.dtype, self.spec.options.quantization, loaded.device)
         log.info("loaded %s as %s, quantization %s, on %s in %.1f s", self.spec.model, *how, took)
+
+    async def _start(self, load: Callable[[], LoadedModel]) -> LoadedModel:
+        try:
+            async with asyncio.timeout(self._load_timeout) as limit:
+                return await self.engine.start(load, on_death=partial(self._on_change, self))
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            self.engine.give_up_load()
+            raise Refused("load_failed", TOO_LONG.format(self._load_timeout)) from error
 
     def _load_ended(self, load: asyncio.Task[None]) -> None:
         # Also when nobody waits any more to hear of it.

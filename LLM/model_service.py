@@ -6,7 +6,7 @@ Knows no clients. A client's string is only ever looked up in the listing made a
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,12 @@ from LLM.engine.thread import PATIENCE, GenerationEngine
 from LLM.engine.turns import Turns
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
+from LLM.lifecycle.plans import Plans
+from LLM.lifecycle.tenants import Tenants, leaving_for, recent_of_others
 from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import FAILED, PROBLEMS, Abandoned, Event, Model, ModelSpec, Waiter
 from LLM.restarts import Restarts
-from LLM.room import leaving
+from LLM.room import MOST_MODELS, leaving
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,16 @@ log = logging.getLogger(__name__)
 class Keeping:
     """How long models stay loaded: what all on a device may take, in bytes, and the seconds that one nobody uses stays.
 
-    None is 90 % of the device's memory, and as long as nothing else needs the room.
+    None is 90 % of the device's memory, and as long as nothing else needs the room. The default model and those to `pin`
+    leave for no other one, and those to `pin` stay also when nobody uses them.
     """
 
     memory: int | None = None
     keep_alive: float | None = None
+    pin: tuple[str, ...] = ()
+    models: int = MOST_MODELS
+    models_per_client: int = 2
+    load_timeout: float = 1800.0
 
 
 class ModelService:
@@ -59,9 +66,9 @@ class ModelService:
         self._settings = settings
         self._keeping = keeping
         self._models: dict[ModelSpec, Model] = {}
-        # What those who ask mean by their words, "auto" for one; known as long as the model is there. All who ask for the
-        # same wait for the same, and so keep their order.
-        self._plans: dict[ModelSpec, asyncio.Task[Plan]] = {}
+        # What those who ask mean by their words; known as long as the model is there.
+        self._plans = Plans(self._plan, keeping.load_timeout)
+        self._logged: dict[str, str] = {}  # why a model could not be planned with, as the log says it already
         self._leaving = Departures()
         self._restarts: dict[ModelSpec, Restarts] = {}
         self._restarting: set[asyncio.Task[None]] = set()
@@ -74,6 +81,8 @@ class ModelService:
         self._default = default
         self._default_spec = self._default_asked = self.resolve()
         self._default_missing: str | None = "is not loaded yet"
+        # What the words for the pinned models mean, as far as that is known.
+        self._pinned = {spec: spec for spec in [self._default_spec, *map(self.resolve, keeping.pin)]}
 
     def resolve(
         self,
@@ -112,8 +121,8 @@ class ModelService:
             Refused: why it cannot be loaded.
         """
         while True:
-            model = await self._find(spec)
-            with self._using(model):
+            model = await self._find(spec, waiter)
+            with self._using(model, waiter.owner):
                 try:
                     await model.wait(waiter)
                 except Abandoned:
@@ -137,8 +146,11 @@ class ModelService:
         problem = PROBLEMS[model.state] if model else self._default_missing
         if hangs := self._folders.problem or self._texts.problem:
             return hangs
-        # Without its name: /readyz shows this to clients that have no key.
-        return problem and f"the default model {problem}"
+        # Without names: /readyz shows this to clients that have no key.
+        if problem:
+            return f"the default model {problem}"
+        hung = any(model.load_error for model in self._leaving.stuck) or self._plans.hung
+        return "the load of a model hangs" if hung else None
 
     async def close(self) -> None:
         """End every load and every engine; a thread that does not end in time is left behind."""
@@ -154,35 +166,47 @@ class ModelService:
         left = self._folders.busy or self._texts.busy
         self.stuck = left or bool(self._leaving) or any(model.engine.has_thread for model in models)
 
-    async def _find(self, spec: ModelSpec) -> Model:
+    async def _find(self, spec: ModelSpec, waiter: Waiter) -> Model:
         """Give the model that is loaded or being loaded; begin to load it if it is neither."""
-        plan = await self._planned(spec)
+        plan = await self._plans.get(spec)
         settled = ModelSpec(spec.model, plan.options)
         if spec == self._default_asked:
             self._default_spec = settled
-        try:
-            return self._model(settled, plan)
-        except Refused:
-            self._plans.pop(spec, None)
-            raise
-
-    def _model(self, spec: ModelSpec, plan: Plan) -> Model:
-        model = self._models.get(spec)
+        if spec in self._pinned:
+            self._pinned[spec] = settled
+        model = self._models.get(settled)
         if model and not model.failed:
             return model
-        # Where a thread hangs the memory is not free, also if the model that takes its place is the same.
-        stuck = self._leaving.stuck
-        others = [other for other in self._models.values() if other is not model and other not in stuck]
-        for idle in leaving(plan, [*others, *stuck], self._keeping.memory):
+        try:
+            return self._load(settled, plan, waiter, model)
+        except Refused:
+            self._plans.forget(spec)
+            raise
+
+    def _load(self, spec: ModelSpec, plan: Plan, waiter: Waiter, dead: Model | None) -> Model:
+        for idle in self._leaving_for(plan, waiter, dead):
             log.info("unloading %s, to make room for %s", idle.name, spec.model)
             self._unload(idle)
-        if model:
-            self._unload(model)
-        model = self._models[spec] = self._begin_to_load(spec, plan)
+        if dead:
+            self._unload(dead)
+        model = self._models[spec] = self._begin_to_load(spec, plan, waiter.owner)
         self.on_event("loading", spec.model)
         return model
 
-    def _begin_to_load(self, spec: ModelSpec, plan: Plan) -> Model:
+    def _leaving_for(self, plan: Plan, waiter: Waiter, dead: Model | None) -> list[Model]:
+        """Give those that must leave before the load that is planned begins, if it may begin at all."""
+        # Where a thread hangs the memory is not free, also if the model that takes its place is the same.
+        stuck = self._leaving.stuck
+        others = [other for other in self._models.values() if other is not dead and other not in stuck]
+        own = leaving_for(waiter.owner, others, self._keeping.models_per_client)
+        stay = [other for other in [*others, *stuck] if other not in own]
+        recent = recent_of_others(waiter.owner, stay)
+        found = [*own, *leaving(plan, stay, self._keeping.memory, self._keeping.models, recent)]
+        if waiter.on_load:
+            waiter.on_load()
+        return found
+
+    def _begin_to_load(self, spec: ModelSpec, plan: Plan, owner: Hashable) -> Model:
         now = self._clock.now()
         self._restarts = {s: r for s, r in self._restarts.items() if s in self._models or not r.forgotten(now)}
         restarts = self._restarts.setdefault(spec, Restarts())
@@ -197,6 +221,8 @@ class ModelService:
             restarts=restarts,
             clock=self._clock,
             texts=self._texts,
+            tenants=Tenants(owner, spec in self._pinned.values()),
+            load_timeout=self._keeping.load_timeout,
             # What leaves now is counted as gone already: it has to be, before the load begins.
             after=self._leaving.leaving,
         )
@@ -209,6 +235,8 @@ class ModelService:
             if there and not isinstance(model.load_error, Abandoned):
                 self._missing(model, "failed to load")
             self._forget(model)
+            if model.engine.stuck:
+                self._leaving.let_go(model)
             self.on_event("load_failed" if isinstance(model.load_error, Refused) else "unloaded", model.name)
         elif model.failed:
             self._leaving.let_go(model)
@@ -234,58 +262,54 @@ class ModelService:
 
     async def _restart(self, model: Model) -> None:
         try:
-            await self._planned(model.spec)
+            await self._plans.get(model.spec)
             # Or somebody who asked was quicker, or it was unloaded because nobody did.
             if self._models.get(model.spec) is model:
                 await self.get(model.spec, Waiter())
             else:
-                self._plans.pop(model.spec, None)
+                self._plans.forget(model.spec)
         except Refused as refused:
             log.error("cannot load %s anew: %s", model.name, refused.message)
         finally:
             model.restarts.gave_up()
 
-    async def _planned(self, spec: ModelSpec) -> Plan:
-        """Give the plan for those words, which is made once."""
-        if spec not in self._plans:
-            self._plans[spec] = asyncio.create_task(self._plan(spec))
-            self._plans[spec].add_done_callback(partial(self._plan_made, spec))
-        return await asyncio.shield(self._plans[spec])
-
     async def _plan(self, spec: ModelSpec) -> Plan:
         listed = self.listing[spec.model]
         try:
             # In a thread: it reads files, and the first one imports torch.
-            plan = partial(listed.handler().plan, listed.folder, spec.options)
-            return await self._folders.run(plan, owner=listed.folder)
+            make = partial(listed.handler().plan, listed.folder, spec.options)
+            plan: Plan = await self._folders.run(make, owner=listed.folder)
+            self._logged.pop(spec.model, None)
+            return plan
         except Refused as error:
-            log.error("cannot load %s: %s", spec.model, error.message, exc_info=error.__cause__)
+            # Clients may ask for the same again and again.
+            level = logging.DEBUG if self._logged.get(spec.model) == error.message else logging.ERROR
+            log.log(level, "cannot load %s: %s", spec.model, error.message, exc_info=error.__cause__)
+            self._logged[spec.model] = error.message
+            self.on_event("load_failed", spec.model)
             raise
         except Exception as error:
             log.exception("the folder of %s cannot be read", spec.model)
+            self.on_event("load_failed", spec.model)
             raise Refused("load_failed", FAILED) from error
 
-    def _plan_made(self, spec: ModelSpec, plan: "asyncio.Task[Plan]") -> None:
-        if _failed(plan):
-            self._plans.pop(spec, None)
-            self.on_event("load_failed", spec.model)
-
     @contextmanager
-    def _using(self, model: Model) -> Iterator[None]:
-        model.users += 1
+    def _using(self, model: Model, owner: Hashable) -> Iterator[None]:
+        model.tenants.enter(owner)
         model.unused_since = None
         if model.expiry:
             model.expiry.cancel()
         try:
             yield
         finally:
-            model.users -= 1
-            if not model.users:
+            model.tenants.leave(owner)
+            if not model.tenants:
                 self._left(model)
 
     def _left(self, model: Model) -> None:
         model.unused_since = time.monotonic()
-        if self._keeping.keep_alive is not None and self._models.get(model.spec) is model:
+        stays = model.tenants.pinned and model.spec != self._default_spec
+        if self._keeping.keep_alive is not None and not stays and self._models.get(model.spec) is model:
             model.expiry = asyncio.get_running_loop().call_later(self._keeping.keep_alive, self._expire, model)
 
     def _expire(self, model: Model) -> None:
@@ -303,10 +327,4 @@ class ModelService:
         del self._models[model.spec]
         if model.expiry:
             model.expiry.cancel()
-        for asked, plan in list(self._plans.items()):
-            if plan.done() and not _failed(plan) and ModelSpec(asked.model, plan.result().options) == model.spec:
-                del self._plans[asked]
-
-
-def _failed(plan: "asyncio.Task[Plan]") -> bool:
-    return plan.cancelled() or plan.exception() is not None
+        self._plans.forget_all_of(model.spec)

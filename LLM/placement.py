@@ -10,6 +10,7 @@ import torch
 
 from LLM import model_folder
 from LLM._base_model_handler import LoadOptions, Plan
+from LLM.catalogue.folder_cache import FolderCache
 from LLM.engine.packing import packs
 from LLM.errors import Refused
 from LLM.giving_way import giving_way
@@ -18,6 +19,7 @@ from LLM.room import SHARE
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU, ALL_GPUS = torch.device("cpu"), torch.device("cuda")
 CPU_KV_MEMORY = 1 << 30  # bytes, where the operator did not say
+FOLDERS = FolderCache()
 # What a container may have, in cgroups' version 2 and 1.
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -34,7 +36,7 @@ def plan(folder: Path, options: LoadOptions) -> Plan:
         why = f'this server lacks what {options.quantization} takes; its operator can "pip install bitsandbytes"'
         raise Refused("unsupported", why, "quantization")
     with giving_way():
-        found = model_folder.read(folder)
+        found = FOLDERS.read(folder)
     device = device_of(options.device)
     if options.dtype == "bfloat16" and not _has_bfloat16(device):
         raise Refused("unsupported", f"{device} has no bfloat16; take float32, or float16 where the model bears it", "dtype")

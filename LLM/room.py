@@ -1,6 +1,6 @@
 """Which models have to leave so that another one fits: the memory budget of a device. Pure: it unloads nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol, TypeVar
 
 from LLM._base_model_handler import Plan
@@ -31,18 +31,26 @@ class Resident(Protocol):
         ...
 
     @property
+    def pinned(self) -> bool:
+        """Whether it is to stay also when nobody uses it."""
+        ...
+
+    @property
     def left_at(self) -> float | None:
-        """When its last user left it, by any clock; None while somebody uses it."""
+        """When its last user left it, by any clock; None while somebody uses it, or it is to stay."""
         ...
 
 
 R = TypeVar("R", bound=Resident)
 
 
-def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
+def leaving(
+    plan: Plan, residents: Iterable[R], memory: int | None, most: int = MOST_MODELS, last: Collection[R] = ()
+) -> list[R]:
     """Give those who must leave before what is planned fits, the least recently used first; nobody in use is among them.
 
-    `memory` is what all models of a device may take, in bytes; None is 90 % of what the device has.
+    `memory` is what all models of a device may take, in bytes; None is 90 % of what the device has. `most` is how many
+    models may be loaded. Those that are in `last` leave after the others.
 
     Raises:
         Refused: `load_failed` if it would not fit even alone, `overloaded` if those in use are in the way.
@@ -57,9 +65,9 @@ def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
         )
     residents = list(residents)
     free = budget - sum(r.memory_bytes for r in residents if _meet(r.device, device))
-    places = MOST_MODELS - len(residents)
+    places = most - len(residents)
     found: list[R] = []
-    for resident in sorted((r for r in residents if r.left_at is not None), key=_left_at):
+    for resident in sorted((r for r in residents if r.left_at is not None), key=lambda r: (r in last, r.left_at)):
         # One elsewhere gives its place, but no memory.
         if (free < need and _meet(resident.device, device)) or places < 1:
             found.append(resident)
@@ -67,9 +75,10 @@ def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
             places += 1
     if free < need or places < 1:
         users = ", ".join(sorted({r.name for r in residents if r.left_at is None}))
+        kept = " or always kept loaded" if any(r.pinned for r in residents) else ""
         raise Refused(
             "overloaded",
-            f"there is no room for the model while these are in use: {users}; use one of them, or try again later",
+            f"there is no room for the model while these are in use{kept}: {users}; use one of them, or try again later",
         )
     return found
 
@@ -77,10 +86,6 @@ def leaving(plan: Plan, residents: Iterable[R], memory: int | None) -> list[R]:
 def _meet(one: str, other: str) -> bool:
     """Say whether models on these devices take memory from each other; one on "cuda" is spread over all GPUs."""
     return one == other or ("cuda" in (one, other) and one.startswith("cuda") and other.startswith("cuda"))
-
-
-def _left_at(resident: Resident) -> float:
-    return resident.left_at or 0.0
 
 
 def _in_words(size: int) -> str:

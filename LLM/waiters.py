@@ -13,7 +13,8 @@ from LLM.errors import Refused
 class Waiter:
     """One who waits for a load: told of its progress, and of his place in line if he stands in it.
 
-    The line is fair between owners, and between the users of each.
+    The line is fair between owners, and between the users of each. `on_load` is asked before a load begins for
+    this one, and may refuse that.
     """
 
     def __init__(
@@ -22,15 +23,20 @@ class Waiter:
         on_position: Callable[[int], None] | None = None,
         owner: Hashable = None,
         user: Hashable = None,
+        on_load: Callable[[], None] | None = None,
     ) -> None:
         self.on_progress = on_progress
         self.on_position = on_position
         self.owner = owner
         self.user = user
+        self.on_load = on_load
 
 
 class Waiters:
-    """All who wait for one load, of whom no more than `max_queue` may stand in line."""
+    """All who wait for one load.
+
+    No more than `max_queue` may stand in line, and as many clients' others may wait beside it: those want no turn.
+    """
 
     def __init__(self, max_queue: int, clock: Clock) -> None:
         self._max_queue = max_queue
@@ -39,6 +45,7 @@ class Waiters:
         # Each with what turns it away.
         self._turned_away: dict[Waiter, asyncio.Future[Refused]] = {}
         self._line: FairQueue[Waiter] = FairQueue()
+        self._others: FairQueue[Waiter] = FairQueue()
         self._telling = False
 
     def __len__(self) -> int:
@@ -57,11 +64,15 @@ class Waiters:
         """
         turned_away = self._turned_away[waiter] = asyncio.get_running_loop().create_future()
         if waiter.on_position:
-            self._join_line(waiter)
+            self._join(self._line, waiter)
+            self._line_moved()
+        elif waiter.owner is not None:
+            self._join(self._others, waiter)
         try:
             await asyncio.wait([load, turned_away], return_when=asyncio.FIRST_COMPLETED)
         finally:
             del self._turned_away[waiter]
+            self._others.leave(waiter)
             # When the load has ended all leave; there is nothing to be told.
             if self._line.leave(waiter) and not load.done():
                 self._line_moved()
@@ -74,13 +85,11 @@ class Waiters:
             if waiter.on_progress:
                 waiter.on_progress(stage, done)
 
-    def _join_line(self, waiter: Waiter) -> None:
-        self._line.join(waiter, waiter.owner, waiter.user)
-        last = self._line.last
-        if last and len(self._line) > self._max_queue:
-            self._line.leave(last)
+    def _join(self, line: FairQueue[Waiter], waiter: Waiter) -> None:
+        line.join(waiter, waiter.owner, waiter.user)
+        if len(line) > self._max_queue and (last := line.last):
+            line.leave(last)
             self._turned_away[last].set_result(self._too_many())
-        self._line_moved()
 
     def _too_many(self) -> Refused:
         # How long it still takes nobody knows; as long again as until now is a guess that grows with what it is about.

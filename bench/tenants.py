@@ -40,9 +40,9 @@ async def line(attacker: Attacker) -> AsyncIterator[ClientConnection]:
         SideFailed: the server refused it, or closed it later.
     """
     address = (attacker.address, 0)
-    options = {"compression": None, "max_size": None, "ping_interval": None}
+    url = f"ws://{attacker.server}/ws"
     try:
-        async with connect(f"ws://{attacker.server}/ws", local_addr=address, **options) as socket:
+        async with connect(url, local_addr=address, compression=None, max_size=None, ping_interval=None) as socket:
             attacker.counts["connections"] += 1
             yield socket
     except (ConnectionClosed, InvalidHandshake, TimeoutError) as error:

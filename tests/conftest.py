@@ -13,10 +13,10 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from handlers import dispatcher
 from LLM.listing import MODELS_ROOT
-from LLM.model_service import Keeping, ModelService
+from LLM.model_service import ModelService
 from tests.asked import Asked, Resumable
 from tests.checker import Checker
-from wsserver.__main__ import engine_settings, load_options
+from wsserver.__main__ import engine_settings, keeping, load_options
 from wsserver.auth import Keys, digest
 from wsserver.config import Config
 from wsserver.server import Server
@@ -149,8 +149,7 @@ async def running(
     """Serve in this process on a free port; settings are those of `Config`."""
     config = Config(port=0, model=model, dtype=dtype, **settings)
     options = load_options(config)
-    keeping = Keeping(config.memory, config.keep_alive)
-    models = ModelService(model, options, engine_settings(config), root, keeping)
+    models = ModelService(model, options, engine_settings(config), root, keeping(config))
     try:
         async with Server(config, dispatcher(models), lambda: models.problem, keys, tls) as server:
             yield Running(server, models)

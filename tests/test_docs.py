@@ -128,6 +128,7 @@ def of_rate(per_second: float, spare: int = 0) -> str:
 DERIVED = {
     "new connections of any kind of one address": of_rate(limits.CONNECTIONS_PER_HANDSHAKE * Config().handshakes_per_second),
     "messages of one client, on all its connections": of_rate(limits.CONNECTIONS_HEARD * Config().messages_per_second),
+    "resumed answers told to one client, each 4 KiB": of_rate(limits.CONNECTIONS_HEARD * Config().messages_per_second),
     "frames of one connection, pings and pieces of messages included": of_rate(
         limits.FRAMES_PER_MESSAGE * Config().messages_per_second, accepted.SPARE_FRAMES
     ),
@@ -144,6 +145,8 @@ def test_a_limit_of_protocol_md_has_the_default_of_its_option() -> None:
         "--handshakes-per-second": of_rate(config.handshakes_per_second),
         "--messages-per-second": of_rate(config.messages_per_second),
         "--mqtt-messages-per-second": of_rate(config.mqtt_messages_per_second),
+        "--client-loads": config.client_loads,
+        "--loads-per-minute": f"{config.loads_per_minute} a minute",
         "--tokens-per-minute": f"{config.tokens_per_minute:,} a minute",
         "--max-active-per-client": "half",
         "--max-prompt-tokens": "what the context has room for",
@@ -164,7 +167,7 @@ def test_a_limit_of_protocol_md_without_an_option_is_the_code_s() -> None:
 
 
 def test_every_option_that_bounds_a_client_is_among_the_limits_of_protocol_md() -> None:
-    bounds = re.compile("max_(?!active)|_per_|_window|(auth|handshake|request|stall)_timeout")
+    bounds = re.compile("max_(?!active)|_per_|_window|client_loads|(auth|handshake|request|stall|load)_timeout")
     options = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config) if bounds.search(f.name)}
     assert {option for _, _, option, _ in rows("limit")} == options | {"-"}
 

@@ -75,9 +75,14 @@ class Home:
         self.clock.go(121)
         assert (await task).error == thread_module.HUNG
 
+    def unpin(self) -> None:
+        """Let the default model leave like any other one."""
+        for model in self.service._models.values():
+            model.tenants.pinned = False
+
     def forget_plans(self) -> None:
         """Let the next plan stand before its gate."""
-        self.service._plans.clear()
+        self.service._plans._made.clear()
         self.model.plan_gate.shut()
 
     async def loaded(self, count: int) -> None:
@@ -288,7 +293,7 @@ async def test_a_hung_thread_holds_its_memory_until_it_ends():
         assert its.service.problem == "the default model failed; the next request loads it anew"
         assert its.entry()["memory_bytes"] == BYTES
         for name in (ECHO, OTHER):
-            with pytest.raises(Refused, match=f"while these are in use: {ECHO};") as refused:
+            with pytest.raises(Refused, match=f"in use or always kept loaded: {ECHO};") as refused:
                 await its.load(name)
             assert refused.value.reason == "overloaded"
         its.model.open()
@@ -311,6 +316,7 @@ async def test_a_hung_thread_that_ended_makes_room_for_another_model():
 
 async def test_nobody_waits_for_room_from_a_model_that_hangs_while_it_leaves():
     async with home(memory=BYTES) as its:
+        its.unpin()
         put(its.service, OTHER).open()
         task = await its.generating(1)
         task.cancel()
@@ -346,6 +352,7 @@ async def test_what_keeps_a_server_from_its_default_model_is_told_from_the_start
 
 async def test_a_default_model_that_was_unloaded_is_no_problem_and_neither_is_another_one():
     async with home(memory=BYTES) as its:
+        its.unpin()
         other = put(its.service, OTHER)
         await its.load(OTHER)
         assert ([entry["id"] for entry in its.service.status()], its.service.problem) == ([OTHER], None)

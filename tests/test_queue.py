@@ -7,6 +7,8 @@ import pytest
 from tests.conftest import Client, Running, eventually, keyed
 from tests.scripted import ScriptedModel, scripted
 
+ELSEWHERE = ("127.0.0.2", 0)  # an address of its own makes another client
+
 
 async def in_line(server: Running, waiting: int) -> None:
     await eventually(lambda: sum(entry["queued"] for entry in server.models.status()) == waiting)

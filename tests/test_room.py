@@ -17,6 +17,7 @@ class Someone:
     device: str
     memory_bytes: int
     left_at: float | None
+    pinned: bool = False
 
 
 def plan(memory_bytes: int, device: str = "cpu", device_bytes: int = 100) -> Plan:
@@ -96,3 +97,12 @@ def test_a_model_on_all_gpus_and_one_on_a_gpu_take_memory_from_each_other() -> N
     assert leaving(plan(70, "cuda:1"), [Someone("spread", "cuda", 60, left_at=1.0)], 100)
     assert leaving(plan(70, "cuda:0"), [idle], 100) == []
     assert leaving(plan(70, "cpu"), [Someone("spread", "cuda", 60, left_at=1.0)], 100) == []
+
+
+def test_the_operator_says_how_many_models_there_may_be() -> None:
+    one, two = Someone("one", "cpu", 1, left_at=1.0), Someone("two", "cpu", 1, left_at=2.0)
+    assert leaving(plan(1), [one, two], 100, most=2) == [one]
+    assert leaving(plan(1), [one, two], 100, most=2, last=[one]) == [two]
+    assert leaving(plan(1), [one, two], 100, most=3) == []
+    with pytest.raises(Refused, match="in use or always kept loaded: one;"):
+        leaving(plan(1), [Someone("one", "cpu", 1, left_at=None, pinned=True)], 100, most=1)

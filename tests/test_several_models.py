@@ -216,19 +216,20 @@ async def test_an_engine_that_died_makes_room_too() -> None:
 
 
 async def test_an_init_is_told_what_is_in_its_way_and_has_room_once_that_is_done() -> None:
-    async with scripted(memory=ScriptedModel.memory_bytes) as (server, model), server.client() as client:
-        other = put(server.models, OTHER)
+    async with scripted(memory=2 * ScriptedModel.memory_bytes) as (server, _), server.client() as client:
+        model, other = put(server.models, "test/first"), put(server.models, OTHER)
         other.open()
+        await init(client, "first", model="test/first")
         await client.send(type="generate", id="g", prompt="hello")
         await model.in_step(1)
         error = await init(client, "full", model=OTHER)
         assert (error["type"], error["code"]) == ("error", "overloaded")
-        assert "in use: wsserver/echo;" in error["message"]
+        assert "in use or always kept loaded: test/first, wsserver/echo;" in error["message"]
         assert other.loads == 0
         model.open()
         assert (await client.done("g"))["finish_reason"] == "stop"
         assert (await init(client, "free", model=OTHER))["type"] == "ready"
-        assert [entry["id"] for entry in (await client.settle())["models"]] == [OTHER]
+        assert [entry["id"] for entry in (await client.settle())["models"]] == [ECHO, OTHER]
         # Who stays with the model that had to leave has it loaded again.
         await client.send(type="generate", id="again", model="ignored", prompt="hello")
         assert (await client.done("again"))["finish_reason"] == "stop"

@@ -1,4 +1,4 @@
-"""Whole answers larger than an outbox that end together: each arrives whole at a client that reads, whatever it does meanwhile."""
+"""Whole answers larger than an outbox that end together: each arrives whole at a client that reads."""
 
 import asyncio
 from collections.abc import AsyncIterator

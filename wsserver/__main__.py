@@ -124,9 +124,11 @@ async def serve(config: Config) -> bool:
     keys, certified, reads = _secured(config)
     # Always: the signal ends a process that does not ask for it.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _read_anew, reads)
-    keeping, root = Keeping(config.memory, config.keep_alive), config.models or MODELS_ROOT
-    models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping)
-    asked = dict.fromkeys([models.resolve(), *map(models.resolve, config.preload)])
+    root = config.models or MODELS_ROOT
+    models = ModelService(config.model, load_options(config), engine_settings(config), root, keeping(config))
+    asked = dict.fromkeys([models.resolve(), *map(models.resolve, (*config.pin, *config.preload))])
+    for name in config.allow_load:
+        models.resolve(name)  # one that is not there is told now
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
         server = Server(config, dispatcher(models), lambda: models.problem, keys, certified)
@@ -170,6 +172,12 @@ def engine_settings(config: Config) -> EngineSettings:
         config.step_timeout,
         config.max_active_per_client,
     )
+
+
+def keeping(config: Config) -> Keeping:
+    """Give which models stay loaded."""
+    most, per_client = config.max_models, config.max_models_per_client
+    return Keeping(config.memory, config.keep_alive, config.pin, most, per_client, config.load_timeout)
 
 
 def load_options(config: Config) -> LoadOptions:

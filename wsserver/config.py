@@ -66,6 +66,9 @@ class Config:
     kv_memory: int | None = None
     keep_alive: float | None = None
     preload: tuple[str, ...] = ()
+    pin: tuple[str, ...] = ()
+    max_models: int = 8
+    load_timeout: float = 1800.0
     prefill_stretch: float = 3.0
     threads: int | None = None
     decode: str = "auto"
@@ -92,6 +95,10 @@ class Config:
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     tokens_per_minute: int = 1_000_000
+    client_loads: str = "any"
+    allow_load: tuple[str, ...] = ()
+    loads_per_minute: int = 12
+    max_models_per_client: int = 2
     share_prefixes: bool = True
     mqtt_url: str = ""
     mqtt_root: str | None = None

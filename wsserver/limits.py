@@ -22,8 +22,7 @@ FRAMES_PER_MESSAGE = 4
 # For how many characters, and for how many brackets, a message counts once more: what takes long to read.
 LONG_MESSAGE = 4096
 MANY_BRACKETS = 256
-# Bytes of resumed answers that count like a message, in a bucket of their own: the messages of a client that has resumed a long
-# answer are not refused.
+# Bytes of resumed answers that count like a message, in a bucket of their own: one who has resumed a long answer may go on.
 REPLAYED_BYTES = 4096
 # Clients that are remembered; those who have nothing here go first.
 REMEMBERED = 10_000
@@ -90,6 +89,7 @@ class Account:
         self.handshakes = bucket(config.handshakes_per_second)
         self.messages = bucket(CONNECTIONS_HEARD * config.messages_per_second)
         self.frames = bucket(CONNECTIONS_HEARD * FRAMES_PER_MESSAGE * config.messages_per_second)
+        self.loads = TokenBucket(config.loads_per_minute / 60, config.loads_per_minute)
         self.replays = bucket(CONNECTIONS_HEARD * config.messages_per_second)
         self.tokens = TokenBucket(config.tokens_per_minute / 60, config.tokens_per_minute)
         self._config = config

@@ -170,6 +170,11 @@ def decode(text: str) -> str:
     return _choice(text, ("auto", "eager", "graph", "compiled"))
 
 
+def client_loads(text: str) -> str:
+    """Read which models clients may have loaded."""
+    return _choice(text, ("off", "listed", "any"))
+
+
 def log_level(text: str) -> str:
     """Read a level of the log."""
     return _choice(text, ("debug", "info", "warning", "error"))

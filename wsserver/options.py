@@ -129,6 +129,20 @@ GROUPS = {
             "models to load at the start beside the default one, with commas between them",
         ),
         Option(
+            "pin",
+            values.names,
+            "MODELS",
+            "models to load at the start and keep loaded, with commas between them; the default one never leaves for others "
+            "either",
+        ),
+        Option("max-models", values.positive, "N", "models loaded at once, one in two precisions counted twice"),
+        Option(
+            "load-timeout",
+            values.span,
+            "S",
+            "seconds after which the load of a model counts as hung and fails, and so does the reading of its folder",
+        ),
+        Option(
             "prefill-stretch",
             values.stretch,
             "X",
@@ -212,6 +226,26 @@ GROUPS = {
         ),
         Option("max-tokens", values.positive_or_auto, "N", "tokens of an answer; auto is what the context has room for"),
         Option("tokens-per-minute", values.positive, "N", "tokens of prompts and answers for one key a minute"),
+        Option(
+            "client-loads",
+            values.client_loads,
+            "WHICH",
+            "models that clients may have loaded: off, none; listed, those that are loaded at the start and those allowed "
+            "by name, with the server's own dtype, device and quantization; any. What is loaded may be used in any case",
+        ),
+        Option(
+            "allow-load",
+            values.names,
+            "MODELS",
+            "models that clients may have loaded where only listed ones may, with commas between them",
+        ),
+        Option("loads-per-minute", values.positive, "N", "loads of models that one client may begin a minute"),
+        Option(
+            "max-models-per-client",
+            values.positive,
+            "N",
+            "loaded models that one client alone uses, the pinned ones not counted",
+        ),
         Option(
             "share-prefixes",
             values.switch,

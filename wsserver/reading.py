@@ -18,8 +18,10 @@ REST = 0.001  # seconds between two turns while somebody has more
 class Speaker(Protocol):
     """A connection of which something was read."""
 
-    # Which client's it is.
-    address: Hashable
+    @property
+    def address(self) -> Hashable:
+        """Which client's it is."""
+        ...
 
     def parse(self) -> int:
         """Parse a piece of it; give how many frames were in that."""

@@ -222,7 +222,7 @@ class Session:
         if len(self._open) >= self.max_open:
             why = f"{self.max_open} requests are active on this connection; wait for one to end"
             raise Refusal("overloaded", why, message.id, generates)
-        if generates and (much := self.account.too_many()):
+        if not isinstance(message, Resume) and (much := self.account.too_many()):
             raise Refusal("overloaded", much, message.id, generates)
         id = self._assign() if message.id is None else message.id
         self._open[id] = _Open(OPENING[type(message)], message)

@@ -129,6 +129,9 @@ class GenerationEngine:
         """
         self._inbox.put(Close())
         if self._run is None:
+            if self.stuck and self._job is not None:
+                await asyncio.wait([asyncio.ensure_future(_end_of(self._job))], timeout=patience)
+                self._job = None  # what it loaded too late is not held
             return
         self._closing = True
         if not self.dead:
@@ -139,6 +142,10 @@ class GenerationEngine:
             await asyncio.to_thread(self._executor.shutdown)
         else:
             self.leave_behind()
+
+    def give_up_load(self) -> None:
+        """Wait no longer for a load: its thread hangs, and what it takes is not free until that ends."""
+        self._hangs = True
 
     def leave_behind(self) -> None:
         """Wait no longer for a closing engine's step, if it is still in one."""
@@ -256,6 +263,12 @@ class GenerationEngine:
         prompt_tokens = len(stream.request.prompt_ids)
         end = Finished(reason, prompt_tokens, Timings(0.0), stream.completion_tokens, error=error)
         self._deliver([(stream, end)])
+
+
+async def _end_of(job: "Future[Any]") -> None:
+    await asyncio.wait([ended := asyncio.wrap_future(job)])
+    if not ended.cancelled():
+        ended.exception()  # nobody is left to hear of it
 
 
 def _unheard() -> None:
