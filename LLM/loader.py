@@ -128,6 +128,7 @@ def _load(folder: Path, found: ModelFolder, options: LoadOptions, progress: Prog
     move_to_huge_pages([*model.parameters(), *model.buffers()], partial(progress, "warmup"))
     positions = _positions(config.get_text_config())
     runner = _runner(model, options, positions)
+    log.info("the model takes %d MiB", runner.memory_bytes >> 20)  # counted here, off the event loop
     if len(places := {str(place) for place in getattr(model, "hf_device_map", {}).values()}) > 1:
         runner.notes.append(f"is spread over {', '.join(sorted(places))}")
     chat_template = _chat_template(tokenizer, options.template_timeout)

@@ -180,7 +180,7 @@ class ModelService:
         try:
             return self._load(settled, plan, waiter, model)
         except Refused:
-            self._plans.forget(spec)
+            self._plans.forget_soon(spec)
             raise
 
     def _load(self, spec: ModelSpec, plan: Plan, waiter: Waiter, dead: Model | None) -> Model:

@@ -120,7 +120,7 @@ async def resumes(attacker: Attacker) -> None:
         await send_all(socket, attacker, repeat(resume), RATE)
 
 
-EMPTY_MESSAGES = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] * 4000
+EMPTY_MESSAGES = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] * 3500
 LONG = {"prompt": "Once upon a time", "max_tokens": 7000}
 
 ATTACKS: Attacks = {

@@ -5,6 +5,7 @@ Slower, without reuse between requests, and without a bound on the caches' memor
 
 import logging
 from collections.abc import Hashable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class PlainRunner:
         self.max_prefill = MAX_PREFILL.get(model.device.type, 256)
         self.notes = [note]
 
-    @property
+    @cached_property
     def memory_bytes(self) -> int:
         """What the weights take."""
         return weight_bytes(self._model)

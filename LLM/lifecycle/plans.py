@@ -8,6 +8,7 @@ from LLM._base_model_handler import Plan
 from LLM.errors import Refused
 from LLM.model import ModelSpec
 
+KEPT = 5.0  # seconds that a plan is kept which led to no load
 AT_ONCE = 4  # folders that are read at the same time; the others wait
 
 HUNG = "reading the model's folder took longer than {:g} s; its operator can look at the disk, or raise --load-timeout"
@@ -16,8 +17,8 @@ HUNG = "reading the model's folder took longer than {:g} s; its operator can loo
 class _Making:
     """One plan that is being made, or was."""
 
-    def __init__(self, task: "asyncio.Task[Plan]") -> None:
-        self.task = task
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Plan]
         self.waiting = 0
         self.begun = False
 
@@ -62,8 +63,17 @@ class Plans:
                 making.task.cancel()
 
     def forget(self, spec: ModelSpec) -> None:
-        """Make the plan of these words anew when they are heard again."""
+        """Make the plan of these words again when they are heard next."""
         self._made.pop(spec, None)
+
+    def forget_soon(self, spec: ModelSpec) -> None:
+        """Forget a plan that led to no load, but not at once: a client may ask again and again."""
+        if making := self._made.get(spec):
+            asyncio.get_running_loop().call_later(KEPT, self._forget_if_same, spec, making)
+
+    def _forget_if_same(self, spec: ModelSpec, making: _Making) -> None:
+        if self._made.get(spec) is making:
+            del self._made[spec]
 
     def forget_all_of(self, settled: ModelSpec) -> None:
         """Forget all words that mean this."""
@@ -72,7 +82,8 @@ class Plans:
                 del self._made[asked]
 
     def _begin(self, spec: ModelSpec) -> _Making:
-        making = self._made[spec] = _Making(asyncio.create_task(self._run(spec)))
+        making = self._made[spec] = _Making()
+        making.task = asyncio.create_task(self._run(spec, making))
         making.task.add_done_callback(partial(self._ended, spec, making))
         return making
 
@@ -81,12 +92,12 @@ class Plans:
         if (making.plan is None or not making.waiting) and self._made.get(spec) is making:
             del self._made[spec]
 
-    async def _run(self, spec: ModelSpec) -> Plan:
+    async def _run(self, spec: ModelSpec, making: _Making) -> Plan:
         async with self._folders.setdefault(spec.model, asyncio.Lock()):
             if spec.model in self._hung:
                 raise Refused("load_failed", HUNG.format(self._timeout))
             async with self._slots:
-                self._made[spec].begun = True
+                making.begun = True
                 work = asyncio.ensure_future(self._make(spec))
                 await asyncio.wait([work], timeout=self._timeout)
         if work.done():
