@@ -216,7 +216,8 @@ def test_the_process_dies_with_a_server_that_is_killed(source: str):
         "process = TemplateProcess()\n"
         "process.ask({'template': '', 'values': {}}, 60.0, lambda: None)\n"
         "print(process.pid, flush=True)\n"
-        f"if {source == 'endless'}: process.ask({{'template': {NESTED!r}, 'values': {{}}}}, 600.0, lambda: print(flush=True))\n"
+        "say = lambda: print(flush=True)\n"
+        f"if {source == 'endless'}: process.ask({{'template': {NESTED!r}, 'values': {{}}}}, 600.0, say)\n"
         "sys.stdin.read()\n"
     )
     with subprocess.Popen(

@@ -167,7 +167,8 @@ def test_a_limit_of_protocol_md_without_an_option_is_the_code_s() -> None:
 
 
 def test_every_option_that_bounds_a_client_is_among_the_limits_of_protocol_md() -> None:
-    bounds = re.compile("max_(?!active)|_per_|_window|client_loads|(auth|handshake|request|stall|load)_timeout")
+    timeouts = "(auth|handshake|load|request|stall|template)_timeout"
+    bounds = re.compile(f"max_(?!active)|_per_|_window|client_loads|{timeouts}")
     options = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config) if bounds.search(f.name)}
     assert {option for _, _, option, _ in rows("limit")} == options | {"-"}
 

@@ -167,7 +167,8 @@ GROUPS = {
             "step-timeout",
             values.span,
             "S",
-            "seconds after which a step of a model counts as hung; the model is loaded anew",
+            "seconds after which a step of a model counts as hung, and the model is loaded anew; reading a folder or a "
+            "prompt counts as hung then too, and /readyz says so",
         ),
         Option(
             "template-timeout",
