@@ -39,7 +39,7 @@ async def test_loads_and_unloads_freeze_nothing_more_and_leave_nothing(tmp_path:
             await eventually(lambda: not server.models.status())
             await eventually(lambda n=n: len(trimmed) > n)
             frozen.append(gc.get_freeze_count())
-    assert len(set(frozen)) == 1
+    assert frozen == sorted(frozen, reverse=True), "what was frozen before may go, and nothing comes"
     gc.collect()
     assert not [model for model in models() if not any(model is other for other in others)]
     assert trimmed == [0] * len(trimmed)
