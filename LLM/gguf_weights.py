@@ -53,7 +53,7 @@ class PackedWeights:
         for start in range(0, tensor.rows, step):
             part = rows[start : start + step]
             packed = torch.empty(len(part), width, dtype=torch.uint8)
-            self._opened.read_into(memoryview(packed.view(-1).numpy()), tensor.offset + start * width)
+            self._opened.read_into(packed.view(-1).numpy().data, tensor.offset + start * width)
             part.copy_(_dequantised(packed, tensor.packing))
         return self._as_in_transformers(tensor.name, unpacked).to(self._dtype)
 

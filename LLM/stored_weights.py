@@ -41,7 +41,7 @@ class StoredWeight:
         return tensor
 
     def _fill(self, part: torch.Tensor, start: int) -> None:
-        self._file.read_into(memoryview(part.numpy()), self._tensor.offset + start)
+        self._file.read_into(part.numpy().data, self._tensor.offset + start)
 
 
 def in_memory(size: int, fill: Fill) -> torch.Tensor:

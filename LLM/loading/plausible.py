@@ -41,11 +41,9 @@ def check(config: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
     for name, value in _numbers(config):
         most = min(layers, MOST_LAYERS) if name in LAYERS else largest
         if not 0 <= value <= most:
-            raise Refused(
-                "load_failed",
-                f"the model's folder cannot be loaded: its config.json has a {name} of {shown(str(value), 20)}, and its weights "
-                f"allow {most} at most; copy config.json and the weights anew",
-            )
+            why = f"its config.json has a {name} of {shown(str(value), 20)}, and its weights allow {most} at most"
+            message = f"the model's folder cannot be loaded: {why}; copy config.json and the weights anew"
+            raise Refused("load_failed", message)
 
 
 def _found(tensors: Iterable[Tensor]) -> tuple[int, int]:
@@ -62,7 +60,9 @@ def _found(tensors: Iterable[Tensor]) -> tuple[int, int]:
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
     """Return the checked sizes of a configuration, and of the part of it that is the language model's."""
     for part in (config, config.get("text_config")):
-        for name in sorted(LAYERS | SIZES) if isinstance(part, dict) else ():
+        if not isinstance(part, Mapping):
+            continue
+        for name in sorted(LAYERS | SIZES):
             value = part.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 yield name, value
