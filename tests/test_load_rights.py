@@ -201,6 +201,26 @@ async def test_no_more_inits_wait_for_a_load_than_may_stand_in_line_and_the_one_
     assert [getattr(result, "reason", None) for result in results] == [None, None, "overloaded", None, "overloaded"]
 
 
+@pytest.mark.parametrize("third", ["refused", "takes the place of an idle one"])
+async def test_a_real_model_in_three_precisions_is_one_too_many_for_one_client(tmp_path: Path, third: str) -> None:
+    tiny_folder(tmp_path / "acme" / "tiny")
+    options = LoadOptions(device="cpu", kv_memory=1 << 20, threads=1)
+    service = ModelService(ECHO, options, EngineSettings(1), tmp_path)
+    try:
+        async with service.use(service.resolve("acme/tiny", "float32"), Waiter(owner="me")):
+            async with service.use(service.resolve("acme/tiny", "bfloat16"), Waiter(owner="me")):
+                if third == "refused":
+                    with pytest.raises(Refused, match="this one uses: acme/tiny;"):
+                        await load(service, "me", "acme/tiny", dtype="float16")
+                    await load(service, "other", "acme/tiny", dtype="float16")
+            if third != "refused":
+                await load(service, "me", "acme/tiny", dtype="float16")
+        dtypes = [entry["dtype"] for entry in service.status()]
+        assert dtypes == (["float32", "bfloat16", "float16"] if third == "refused" else ["float32", "float16"])
+    finally:
+        await service.close()
+
+
 # Plans.
 
 
@@ -309,6 +329,12 @@ def test_a_refusal_is_remembered_until_a_file_changes(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="damaged"):
         cache.read(tmp_path)
     assert reads.count == 2
+
+
+def test_a_link_to_nothing_changes_nothing(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    (folder / "notes.txt").symlink_to(tmp_path / "gone")
+    assert FolderCache().read(folder).family == "llama"
 
 
 def test_few_folders_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

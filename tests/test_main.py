@@ -496,7 +496,7 @@ async def test_models_to_preload_are_loaded_with_the_default_one(loading: Servin
 async def test_models_to_preload_that_do_not_fit_together_end_the_server(loading: Serving):
     served = await loading.start(preload=(MORE,), memory=ScriptedModel.memory_bytes)
     loading.model.open()
-    with pytest.raises(Refused, match=f"in use: {ECHO};"):
+    with pytest.raises(Refused, match=f"in use or always kept loaded: {ECHO};"):
         await served
 
 

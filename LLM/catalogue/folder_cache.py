@@ -66,7 +66,15 @@ class FolderCache:
 
 def _stamp(folder: Path) -> _Stamp:
     try:
-        stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+        return tuple((file.name, *_size_and_time(file)) for file in sorted(folder.iterdir()))
     except OSError as error:
-        raise Refused("load_failed", "the model's folder cannot be read; its operator finds why in the log") from error
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        why = "the model's folder cannot be loaded: it is gone, or cannot be read; copy it anew"
+        raise Refused("load_failed", why) from error
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        stat = file.stat()
+    except FileNotFoundError:  # a link to nothing harms only a load that needs it
+        return -1, 0
+    return stat.st_size, stat.st_mtime_ns
