@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, cast
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import ModelInfo, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -30,6 +32,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
 from LLM import model_folder
+from LLM.download.bounds import BoundedFile, bound_errors, is_name, is_size, listing
 from LLM.errors import Refused
 from LLM.hub_files import HubFile, NotFetched, choose, size
 
@@ -37,6 +40,7 @@ ROOT = Path(__file__).parent
 HUB = constants.ENDPOINT
 WORK = ".fetching"
 AGAIN = "run the same command again, it goes on where it stopped"
+NO_HUB = "{} does not answer as a hub does; set HF_ENDPOINT to one that does"
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -129,13 +133,16 @@ def _refuse_if_there(folder: Path) -> None:
 
 def _list(model: str, revision: str) -> tuple[str, list[HubFile]]:
     """Give the commit that a revision is now, and its files."""
+    url = f"{HUB}/api/models/{model}/revision/{quote(revision, safe='')}"
     try:
-        info = HfApi(HUB).model_info(model, revision=revision, files_metadata=True)
-    except (ValueError, KeyError) as error:
-        raise NotFetched(f"{HUB} does not answer as a hub does; set HF_ENDPOINT to one that does") from error
-    if not info.sha or info.siblings is None:
+        info = ModelInfo(**listing(url, _answered))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotFetched(NO_HUB.format(HUB)) from error
+    if not isinstance(info.sha, str) or not DIGEST.fullmatch(info.sha) or info.siblings is None:
         raise NotFetched(f"{HUB} does not list its files; set HF_ENDPOINT to a hub that does")
-    return info.sha, [_hub_file(model, info.sha, sibling) for sibling in info.siblings]
+    # A name that no file may have is that of no file that is needed.
+    files = [sibling for sibling in info.siblings if is_name(sibling.rfilename)]
+    return info.sha, [_hub_file(model, info.sha, sibling) for sibling in files]
 
 
 def _hub_file(model: str, commit: str, sibling: RepoSibling) -> HubFile:
@@ -143,7 +150,7 @@ def _hub_file(model: str, commit: str, sibling: RepoSibling) -> HubFile:
     if length is None or digest is None:  # some mirrors tell it only file by file
         stated = get_hf_file_metadata(hf_hub_url(model, sibling.rfilename, revision=commit, endpoint=HUB))
         length, digest = stated.size, stated.etag
-    if length is None or digest is None or not DIGEST.fullmatch(digest):
+    if length is None or not is_size(length) or not isinstance(digest, str) or not DIGEST.fullmatch(digest):
         raise NotFetched(f"{HUB} does not tell its files' sizes and hashes; set HF_ENDPOINT to a hub that does")
     return HubFile(sibling.rfilename, length, digest)
 
@@ -179,7 +186,12 @@ def _download(file: HubFile, part: Path, url: str, number: str) -> None:
         # Ranges of a compressed answer would be of something else.
         headers = build_hf_headers(library_name="wsserver") | {"Accept-Encoding": "identity"}
         with part.open("ab") as opened:
-            http_get(url, opened, resume_size=have, headers=headers, displayed_filename=f"{number} {file.name}")
+            bound_errors()
+            bounded = cast(BinaryIO, BoundedFile(opened, file.path, file.size))
+            try:
+                http_get(url, bounded, resume_size=have, headers=headers, displayed_filename=f"{number} {file.name}")
+            except (ValueError, OverflowError) as error:  # a length that is none
+                raise NotFetched(NO_HUB.format(HUB)) from error
     if not file.is_copied_by(part):
         came = part.stat().st_size
         part.unlink()

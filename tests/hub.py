@@ -24,6 +24,9 @@ class Repository:
     sent: dict[str, bytes] = field(default_factory=dict)  # other bytes than the listing tells of
     sizes: dict[str, int] = field(default_factory=dict)  # other sizes than the files have
     tells_all_at_once: bool = True
+    listed: dict[str, Any] = field(default_factory=dict)  # other values than its listing has
+    more: list[Any] = field(default_factory=list)  # files that are listed beside its own
+    lengths: dict[str, str] = field(default_factory=dict)  # other Content-Lengths than the bodies have
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.reached = threading.Event()
         self.let_on = threading.Event()
         self.answers_with: int | None = None
+        self.says = b'{"error":"no"}'  # when it refuses
         self.large_files_at: Hub = self
 
     @property
@@ -112,6 +116,7 @@ class Answer(BaseHTTPRequestHandler):
                 if name.endswith(LARGE):
                     sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
             siblings.append(sibling)
+        siblings += repository.more
         body = {
             "_id": "1",
             "id": id,
@@ -120,7 +125,7 @@ class Answer(BaseHTTPRequestHandler):
             "siblings": siblings,
             "gated": False,
             "private": False,
-        }
+        } | repository.listed
         self.send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def resolve(self, id: str, revision: str, name: str) -> None:
@@ -139,6 +144,8 @@ class Answer(BaseHTTPRequestHandler):
                 {"Location": f"{self.server.large_files_at.url}/cdn{self.path}", "X-Linked-Etag": f'"{digest}"'} | headers,
             )
         else:
+            if name in repository.lengths and (self.command == "GET" or not repository.tells_all_at_once):
+                headers["Content-Length"] = repository.lengths[name]
             self.send_range(name, repository.sent.get(name, content), headers)
 
     def send_range(self, name: str, content: bytes, headers: dict[str, str]) -> None:
@@ -160,16 +167,18 @@ class Answer(BaseHTTPRequestHandler):
             self.send(206 if found else 200, body, headers)
 
     def refuse(self, status: int, code: str | None) -> None:
-        self.send(status, b'{"error":"no"}', {"X-Error-Code": code} if code else {})
+        self.send(status, self.server.says, {"X-Error-Code": code} if code else {})
 
     def send(self, status: int, body: bytes, headers: dict[str, str], first: int | None = None) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
+        if "Content-Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[:first])
+            with suppress(ConnectionError):  # a client that is sent too much hangs up
+                self.wfile.write(body[:first])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from LLM import fetch as fetch_module
 from LLM._base_model_handler import LoadOptions
+from LLM.download.bounds import MAX_RESTARTS, BoundedFile
 from LLM.fetch import fetch
 from LLM.hub_files import NotFetched
 from LLM.listing import list_models
@@ -357,6 +358,90 @@ def test_other_bytes_than_the_hub_told_of_are_thrown_away(refuse: Refuse, hub: H
     repository.sent.clear()
     fetch(ID, tmp_path)
     assert held(tmp_path) == SMALL
+
+
+# A hub that is anybody's.
+
+
+@pytest.mark.parametrize("length", ["9" * 30, "-5", "many", "1e9", ""])
+def test_a_length_that_is_none_is_told_in_a_line(refuse: Refuse, hub: Hub, length: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.add(ID, SMALL, lengths={"config.json": length})
+    assert "a hub" in refuse(ID) or "cannot be reached" in refuse(ID)
+
+
+@pytest.mark.parametrize(("length", "told"), [("9" * 18, "TB are to come, but"), ("9" * 19, "sizes and hashes")])
+def test_a_length_that_no_disk_has_is_told_in_a_line(refuse: Refuse, hub: Hub, length: str, told: str):
+    hub.add(ID, SMALL, lengths={"config.json": length}, tells_all_at_once=False)
+    assert told in refuse(ID)
+
+
+def test_a_file_that_is_longer_than_was_told_is_cut_off(refuse: Refuse, hub: Hub, tmp_path: Path):
+    hub.add(ID, SMALL, sent={"config.json": b"x" * (32 << 20)})
+    assert f"config.json is longer than the {len(SMALL['config.json'])} bytes that the hub told of" in refuse(ID)
+    assert all(path.stat().st_size <= 100 for path in tmp_path.glob(".fetching/*/config.json.*"))
+
+
+def test_a_listing_that_does_not_end_is_cut_off(refuse: Refuse, hub: Hub):
+    hub.add(ID, SMALL, listed={"description": "x" * (33 << 20)})
+    assert "lists it in more than 33.6 MB" in refuse(ID)
+    assert hub.downloads() == []
+
+
+@pytest.mark.parametrize("status", [404, 431, 500])
+def test_an_error_that_does_not_end_is_not_read(refuse: Refuse, hub: Hub, status: int):
+    hub.answers_with, hub.says = status, b"x" * (8 << 20)
+    assert f"answered {status}, and with too long a text" in refuse(ID)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"siblings": "none"},
+        {"siblings": [1]},
+        {"siblings": {"a": 1}},
+        {"siblings": [{}] * 10_001},
+        {"siblings": [{"rfilename": "config.json", "size": 1, "lfs": 7}]},
+        {"siblings": [{"rfilename": "config.json", "size": 1, "lfs": {"sha256": 7, "size": 1, "pointerSize": 1}}]},
+        {"sha": 7},
+        {"sha": "../../x"},
+        {"sha": None},
+    ],
+)
+def test_a_listing_that_is_none_is_told_in_a_line(refuse: Refuse, hub: Hub, listed: dict[str, Any]):
+    hub.add(ID, SMALL, listed=listed)
+    assert "set HF_ENDPOINT to" in refuse(ID)
+    assert hub.downloads() == []
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "7", True, 1 << 80, []])
+def test_a_size_that_is_none_is_told_in_a_line(refuse: Refuse, hub: Hub, size: Any):
+    file = {"rfilename": "vocab.json", "size": size, "blobId": "0" * 40}
+    hub.add(ID, SMALL, more=[file])
+    assert "sizes and hashes" in refuse(ID)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../config.json.model", "/etc/x.model", "a\x00.model", "\x1b[2J.model", "a\\b.model", "x" * 300 + ".model", "", 7],
+)
+def test_a_name_that_no_file_may_have_is_passed_over(hub: Hub, tmp_path: Path, name: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fetch_module, "HUB", hub.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub.add(ID, SMALL, more=[{"rfilename": name, "size": 1, "blobId": "0" * 40}])
+    fetch(ID, tmp_path)
+    assert held(tmp_path) == SMALL
+
+
+def test_a_hub_that_always_begins_again_is_given_up(tmp_path: Path):
+    with (tmp_path / "part").open("ab") as file:
+        bounded = BoundedFile(file, "config.json", 100)
+        for _ in range(MAX_RESTARTS):
+            bounded.write(b"x")
+            bounded.seek(0)
+            bounded.truncate()
+        with pytest.raises(NotFetched, match="again and again"):
+            bounded.truncate()
 
 
 def test_a_hub_that_cannot_be_reached_is_told_with_its_address(hub: Hub, tmp_path: Path):

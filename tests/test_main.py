@@ -27,6 +27,7 @@ from tests.conftest import ECHO, Client, add_folder, eventually
 from tests.scripted import ScriptedModel, closing_code, put
 from wsserver import __main__ as main_module
 from wsserver import protocol
+from wsserver.__main__ import EPHEMERAL
 from wsserver.config import COMMANDS, Config
 from wsserver.server import Server
 
@@ -307,6 +308,17 @@ async def test_a_port_in_use_is_told_in_one_line(tmp_path: Path):
     assert re.fullmatch(
         rf"wsserver: .*{port}.*address already in use.*; choose another address with --host and --port\n", stderr
     )
+
+
+async def test_a_port_that_an_outgoing_connection_has_is_told_with_what_keeps_it_free(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as outgoing:
+        port = outgoing.getsockname()[1]
+        if port not in EPHEMERAL:
+            pytest.skip("this machine gives other ports to outgoing connections")
+        code, stderr = await failed(tmp_path, "--model", ECHO, "--port", str(port))
+    assert code == 1
+    assert stderr.count("\n") == 1
+    assert f"sysctl net.ipv4.ip_local_reserved_ports={port}" in stderr
 
 
 async def test_an_unknown_model_is_told_in_one_line_with_those_there_are(tmp_path: Path):

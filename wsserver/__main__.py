@@ -1,6 +1,7 @@
 """The command line and composition root: the only file that knows everybody."""
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -45,6 +46,9 @@ except ImportError:  # of an extra, which is not installed
     make_face = ask_over_mqtt = None  # type: ignore[assignment]
 
 log = logging.getLogger("wsserver")
+
+# Ports that Linux gives to outgoing connections unless told otherwise (net.ipv4.ip_local_port_range).
+EPHEMERAL = range(32768, 61000)
 
 NO_MQTT = 'MQTT is an extra that is not installed; pip install "wsserver[mqtt]"'
 
@@ -94,7 +98,18 @@ def run_server(config: Config) -> None:
     except BadSetting as error:
         sys.exit(f"wsserver: {error}")
     except OSError as error:
-        sys.exit(f"wsserver: {error}; choose another address with --host and --port")
+        sys.exit(f"wsserver: {error}; {_other_address(error, config.port)}")
+
+
+def _other_address(error: OSError, port: int) -> str:
+    """Return what to do where an address cannot be listened on."""
+    if error.errno == errno.EADDRINUSE and port in EPHEMERAL:
+        # SO_REUSEADDR, which the loop sets, does not help: such a connection is no listener that has ended.
+        return (
+            "another server has it, or an outgoing connection of this machine, which Linux gives ports of this range "
+            f"(sysctl net.ipv4.ip_local_reserved_ports={port} keeps it free); choose another address with --host and --port"
+        )
+    return "choose another address with --host and --port"
 
 
 def print_models(config: Config) -> None:
