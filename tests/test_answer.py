@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from LLM.engine.answer import Answer
+from LLM.engine.answer import HIDDEN, Answer
 from LLM.engine.request import Alternative, Delta, FinishReason, GenerationRequest, Scored
 from LLM.engine.sequence import Sequence
 from LLM.engine.stream import GenerationStream
@@ -99,3 +99,19 @@ def test_at_its_end_what_was_held_back_comes_with_its_entries(
     assert all(delta.n == len(delta.logprobs) for delta, _ in taken if delta)
     assert [end for _, end in taken] == [None] * (len(taken) - 1) + [reason]
     assert this.finished(reason).completion_tokens == len(token_ids)
+
+
+def test_tokens_that_show_nothing_are_told_now_and_then_and_their_log_probabilities_with_them() -> None:
+    some = answer(logprobs=2, max_tokens=999)
+    taken = take(some, *[0] * 200)
+    told = [delta for delta, _ in taken if delta]
+    assert [(delta.text, delta.n, len(delta.logprobs)) for delta in told] == [("", HIDDEN, HIDDEN)] * (200 // HIDDEN)
+    (delta, _), *_ = take(some, 2)
+    assert delta == Delta(" world", 1 + 200 % HIDDEN, delta.logprobs if delta else ())
+    assert len(some._unseen_logprobs) == 0
+
+
+def test_what_is_held_back_for_a_stop_string_is_counted_too() -> None:
+    some = answer(stop=(" world" * 50,), max_tokens=999)
+    deltas = [delta for delta, _ in take(some, *[2] * 49) if delta]
+    assert deltas == [Delta("", HIDDEN)]

@@ -253,9 +253,13 @@ DECODERS = {
 
 @pytest.fixture(params=DECODERS, scope="session")
 def llama(request: pytest.FixtureRequest) -> Tokenizer:
+    return byte_fallback(request.param)
+
+
+def byte_fallback(decoder: str) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(LLAMA_VOCABULARY, unk_token="a"))
     tokenizer.add_special_tokens(["<s>"])
-    tokenizer.decoder = DECODERS[request.param]
+    tokenizer.decoder = DECODERS[decoder]
     return tokenizer
 
 
@@ -322,3 +326,126 @@ def test_bytes_that_make_no_character_take_nothing_of_the_text_after_them(
 @given(prompt=st.lists(UNITS, max_size=4), ids=st.lists(st.integers(0, len(LLAMA_VOCABULARY) - 2), max_size=12))
 def test_no_ids_whatever_break_an_answer(llama: Tokenizer, prompt: list[str], ids: list[int]) -> None:
     assert "".join(pieces(llama, llama_ids(*prompt), [*ids, *llama_ids("b", "▁a", "b")])).endswith("b ab")
+
+
+# Floods of tokens that make no character.
+
+FLOOD = 2000
+
+
+def spent(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Give for each push how many ids were handed to the tokenizer; a stream decodes all that it still holds."""
+    count = 0
+
+    class Counting:
+        def __init__(self, ids: list[int], skip_special_tokens: bool) -> None:
+            self.stream = decoders.DecodeStream(ids=ids, skip_special_tokens=skip_special_tokens)
+            self.held = len(ids)
+
+        def step(self, tokenizer: Tokenizer, token_id: int) -> str | None:
+            nonlocal count
+            self.held += 1
+            count += self.held
+            text = self.stream.step(tokenizer, token_id)
+            self.held = self.held if text is None else min(self.held, 8)
+            return text
+
+    class Counted:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            nonlocal count
+            count += len(ids)
+            return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+        def id_to_token(self, token_id: int) -> str | None:
+            return tokenizer.id_to_token(token_id)
+
+    monkeypatch.setattr("LLM.engine.detokenizer.DecodeStream", Counting)
+    detokenizer, costs = Detokenizer(Counted(), prompt, []), []  # type: ignore[arg-type]
+    for token_id in ids:
+        before = count
+        detokenizer.push(token_id)
+        costs.append(count - before)
+    return costs
+
+
+def whole(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def is_whole(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> None:
+    """Object unless the joined text is the decoding of all ids but for the incomplete character at the end."""
+    shown, expected = "".join(pieces(tokenizer, prompt, ids)), whole(tokenizer, ids)
+    assert expected.startswith(shown)
+    assert set(expected[len(shown) :]) <= {REPLACEMENT}
+    assert len(expected) - len(shown) <= 12
+    assert shown.rstrip(REPLACEMENT) == expected.rstrip(REPLACEMENT)
+
+
+@pytest.mark.parametrize("flood", ["special", "unknown", "byte", "letters and half a character", "mixed"])
+def test_a_flood_costs_the_same_at_each_push_and_joins_to_its_decoding(
+    monkeypatch: pytest.MonkeyPatch, real: Tokenizer, flood: str
+) -> None:
+    byte = real.token_to_id(BYTE_CHARS[0xF0])
+    pattern = {
+        "special": [real.token_to_id("<|im_end|>")],
+        "unknown": [10**6],
+        "byte": [byte],
+        "letters and half a character": [*real.encode("ab").ids, byte],
+        "mixed": [byte, 10**6, *[real.token_to_id("<|im_start|>")] * 9, real.token_to_id(BYTE_CHARS[0x9F])],
+    }[flood]
+    ids = (pattern * FLOOD)[:FLOOD]
+    after = real.encode(" and text 😀 語").ids
+    is_whole(real, real.encode("Hello").ids, [*ids, *after])
+    costs = spent(monkeypatch, real, real.encode("Hello").ids, ids)
+    assert max(costs) <= 400
+    assert sum(costs[-100:]) <= 1.2 * sum(costs[100:200]) + 200
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("flood", ["<0x80>", "<0xF0>", "<s>", "<0xC3> <0xA9> <0xC3>", "<0xF0> <s>", REPLACEMENT])
+def test_a_flood_of_byte_tokens_costs_the_same_at_each_push_and_joins_to_its_decoding(
+    monkeypatch: pytest.MonkeyPatch, flood: str, decoder: str
+) -> None:
+    llama = byte_fallback(decoder)
+    pattern = llama_ids(*flood.split())
+    ids = (pattern * FLOOD)[:FLOOD]
+    shown = "".join(pieces(llama, llama_ids("b"), [*ids, *llama_ids("▁a", "😀", "b")]))
+    assert shown.endswith("😀b")
+    if flood != "<0xC3> <0xA9> <0xC3>":  # whose first character is shown before the run turns out to be no UTF-8
+        assert shown[1:] == whole(llama, [*llama_ids("b"), *ids, *llama_ids("▁a", "😀", "b")])[2:]
+    costs = spent(monkeypatch, llama, llama_ids("b"), ids)
+    assert max(costs) <= 400
+    assert sum(costs[-100:]) <= 1.2 * sum(costs[100:200]) + 200
+
+
+@QUICK
+@given(
+    ids=st.lists(
+        st.sampled_from(
+            [*(BYTE_CHARS[byte] for byte in (0x80, 0x9F, 0xA9, 0xC3, 0xE2, 0xF0, 0xE9)), "<|im_end|>", "a", "Ġthe"]
+        ),
+        min_size=12,
+        max_size=60,
+    ),
+    tail=st.sampled_from(["", "é", "a😀", " x"]),
+)
+def test_any_long_run_of_odd_ids_of_a_real_tokenizer_joins_to_its_decoding(
+    real: Tokenizer, ids: list[str], tail: str
+) -> None:
+    is_whole(real, real.encode("Hello").ids, [*(real.token_to_id(name) for name in ids), *real.encode(tail).ids])
+
+
+@QUICK
+@given(
+    start=st.sampled_from([["b"], ["é", "b"], ["😀", "😀", "a"]]),
+    nothing=st.lists(st.sampled_from(["<s>", REPLACEMENT]), min_size=9, max_size=40),
+    rest=st.lists(UNITS, min_size=1, max_size=8),
+)
+def test_whole_characters_after_a_flood_are_shown_as_they_are(
+    llama: Tokenizer, start: list[str], nothing: list[str], rest: list[str]
+) -> None:
+    names = [*start, *nothing, *rest]
+    shown = "".join(pieces(llama, llama_ids("b"), llama_ids(*names)))
+    expected = "".join(names).replace("▁", " ").replace("<s>", "")
+    assert expected.startswith(shown)
+    assert shown.rstrip(REPLACEMENT) == expected.rstrip(REPLACEMENT)

@@ -9,6 +9,8 @@ from LLM.engine.request import Alternative, Delta, Finished, FinishReason, Prefi
 from LLM.engine.sequence import Sequence
 from LLM.engine.stream import GenerationStream
 
+# Tokens without text that are told together: what counts tokens hears of them, and their log probabilities do not pile up.
+HIDDEN = 32
 PREFILL_INTERVAL = 0.2  # seconds between two Prefill parts of one request
 
 
@@ -49,7 +51,10 @@ class Answer:
         return Prefill(done, len(self.request.prompt_ids))
 
     def take(self, token_id: int, alternatives: tuple[Alternative, ...]) -> tuple[Delta | None, FinishReason | None]:
-        """Append a sampled token; give the text that became safe to show, and the reason if this is the end."""
+        """Append a sampled token; give the text that became safe to show, and the reason if this is the end.
+
+        Now and then the text is empty: so many tokens were sampled that show nothing.
+        """
         self._sequence.token_ids.append(token_id)
         if alternatives:
             self._unseen_logprobs.append(tuple(self._scored(*alternative) for alternative in alternatives))
@@ -81,7 +86,7 @@ class Answer:
         )
 
     def _delta(self, text: str) -> Delta | None:
-        if not text:
+        if not text and self._unseen < HIDDEN:
             return None
         delta = Delta(text, self._unseen, tuple(self._unseen_logprobs))
         self._unseen = 0

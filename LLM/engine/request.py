@@ -109,7 +109,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that may be shown, and how many tokens' sampling it took to know it.
+    """Text that may be shown, and how many tokens' sampling it took to know it; empty where many tokens show nothing.
 
     `logprobs` has an entry for each of the `n` tokens if they were asked for: the token itself, then its alternatives.
     """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from LLM.engine import flat_draw
 from LLM.engine.request import Alternative, Sampled, Sampling
 from LLM.engine.sequence import Sequence, TokenCounts
 
@@ -127,7 +128,10 @@ def _draw_from_the_likeliest(scores: Tensor, settings: list[Sampling], u: Tensor
     probabilities, enough = _kept(top, scores.logsumexp(-1, keepdim=True), settings)
     tokens = ids.gather(-1, _pick(probabilities, u)[:, None])[:, 0]
     short = [i for i, is_enough in enumerate(enough.tolist()) if not is_enough]
-    if short and count < scores.shape[-1]:
+    if short and scores.device.type == "cpu":
+        drawn = [flat_draw.draw(scores[i], settings[i], float(u[i])) for i in short]
+        tokens[short] = torch.tensor(drawn, dtype=torch.long)
+    elif short and count < scores.shape[-1]:
         tokens[short] = _draw_from_the_likeliest(scores[short], [settings[i] for i in short], u[short], MORE * count)
     return tokens
 

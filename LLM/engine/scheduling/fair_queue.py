@@ -1,9 +1,9 @@
 """A line that is fair between owners by the tokens they were served, and inside an owner between its users.
 
-Each owner has a counter of the tokens it was served, and the one with the smallest counter is next (Sheng et al., "Fairness in
-Serving Large Language Models", OSDI 2024). An owner that comes back is lifted to just below the smallest counter of those that
-are active, as Linux's CFS does for a task that slept: to have been idle is no claim. While others wait, an owner at its limit
-of running places comes after those below theirs. Pure: it knows neither requests nor times.
+Each owner has a counter of the tokens it was served, and the one with the smallest counter is next (Sheng et al., "Fairness
+in Serving Large Language Models", OSDI 2024). An owner that comes back is lifted to just below the smallest counter of those
+that are active, as Linux's CFS does for a task that slept: to have been idle is no claim. While others wait, an owner at its
+limit of running places comes after those below theirs. Pure: it knows neither requests nor times.
 """
 
 import heapq
@@ -171,8 +171,8 @@ class FairQueue(Generic[T]):
     def outranks(self, waiting: T, running: T, quantum: int) -> bool:
         """Whether one that waits should have the place of one that runs.
 
-        It should where the other's owner runs more than its share and its own does not, or where its own runs nothing and was
-        served less by `quantum` tokens, so that the two do not change places at each step.
+        It should where the other's owner runs more than its share and its own does not, or where its own runs nothing and
+        was served less by `quantum` tokens, so that the two do not change places at each step.
         """
         for mine, theirs in zip(self._share_of[waiting].path(), self._share_of[running].path(), strict=True):
             if mine is theirs or mine.parent is None:
