@@ -16,6 +16,7 @@ COPY wsserver_mqtt/__init__.py wsserver_mqtt/
 COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
 COPY LLM/chat/__init__.py LLM/chat/
+COPY LLM/download/__init__.py LLM/download/
 COPY LLM/engine/__init__.py LLM/engine/
 COPY LLM/loading/__init__.py LLM/loading/
 COPY LLM/engine/scheduling/__init__.py LLM/engine/scheduling/

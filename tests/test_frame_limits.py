@@ -1,6 +1,7 @@
 """Each limit of messages and frames over real sockets, at it and over it: whoever is not over it is served."""
 
 import asyncio
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -49,6 +50,22 @@ async def test_who_does_not_slow_down_is_closed_and_another_connection_is_served
         assert await closing_code(client) == 4429
         assert [frame["type"] for frame in client.frames] == ["status", *["error"] * 32]
         assert (await other.generate(prompt="hello"))["joined"] == "hello"
+
+
+async def test_all_connections_of_one_client_are_read_no_faster_than_it_may_send() -> None:
+    # 40 frames a second and 400 at once on all its connections; each of them has a bound of its own, which none reaches.
+    pings, rate, at_once, in_a_piece = 110, 40.0, 400, PIECE // 125
+    async with running(messages_per_second=1) as server, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.client()) for _ in range(4)]
+        began = asyncio.get_running_loop().time()
+        for number in range(pings):
+            pongs = [await client.socket.ping(f"{number:0125}") for client in clients]
+        await asyncio.gather(*pongs)
+        took = asyncio.get_running_loop().time() - began
+        # One piece of each connection may be parsed before it rests.
+        assert took >= (len(clients) * (pings - in_a_piece) - at_once) / rate
+        async with server.client(local_addr=ELSEWHERE) as other:
+            assert (await other.generate(prompt="hello"))["joined"] == "hello"
 
 
 async def test_a_flood_of_cancels_is_closed_too() -> None:

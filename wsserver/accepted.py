@@ -49,6 +49,7 @@ class Accepted(ServerConnection):
         self._is_cut_off = False
         self._unparsed = bytearray()
         self._in_line = False
+        self._resting: asyncio.TimerHandle | None = None
         self._frame_count = 0
         rate = FRAMES_PER_MESSAGE * config.messages_per_second
         self._frames = TokenBucket(rate, BURST_SECONDS * rate + SPARE_FRAMES)
@@ -62,6 +63,8 @@ class Accepted(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         """Let it out, with nothing left that only a full collection would find: that stops all streams for a while."""
         self._accounts.leave(self.address)
+        if self._resting:
+            self._resting.cancel()
         super().connection_lost(exc)
         self.recv_messages.resume = self.transport.resume_reading
         for error in (self.protocol.parser_exc, self.protocol.handshake_exc):
@@ -91,15 +94,27 @@ class Accepted(ServerConnection):
             self.transport.pause_reading()
         elif not self.recv_messages.paused:
             self.transport.resume_reading()
-        self._in_line = self._may_parse
+        self._rest()
+        self._in_line = self._may_parse and not self._resting
         return self._in_line
+
+    def _rest(self) -> None:
+        """Parse no more of a client that owes frames until as many could have been sent."""
+        wait = self._account.frames.wait(time.monotonic())
+        if wait and not self._resting:
+            self._resting = self.loop.call_later(wait, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = None
+        if self._may_parse:
+            self._join()
 
     @property
     def _may_parse(self) -> bool:
         return bool(self._unparsed) and not (self._is_cut_off or self.transport.is_closing() or self.recv_messages.paused)
 
     def _join(self) -> None:
-        if not self._in_line:
+        if not (self._in_line or self._resting):
             self._in_line = True
             self._reading.join(self)
 
@@ -107,7 +122,8 @@ class Accepted(ServerConnection):
         """Count a frame; one too many ends the connection here and now, and what is still to be read is not."""
         self._frame_count += 1
         now = time.monotonic()
-        self._account.frames.take(now)  # of none that are left no new connection is let in
+        # A debt: all of a client's connections together are parsed no faster, and none is let in until it is paid.
+        self._account.frames.spend(1, now)
         if not isinstance(event, Request) and self._frames.take(now):
             self._cut_off()
         else:
