@@ -14,6 +14,7 @@ COPY wsserver/client/__init__.py wsserver/client/
 COPY wsserver_mqtt/__init__.py wsserver_mqtt/
 COPY handlers/__init__.py handlers/
 COPY LLM/__init__.py LLM/
+COPY LLM/download/__init__.py LLM/download/
 COPY LLM/engine/__init__.py LLM/engine/
 RUN pip install --constraint constraints.txt --editable ".[mqtt]"
 
