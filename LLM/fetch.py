@@ -135,7 +135,7 @@ def _list(model: str, revision: str) -> tuple[str, list[HubFile]]:
     """Give the commit that a revision is now, and its files."""
     url = f"{HUB}/api/models/{model}/revision/{quote(revision, safe='')}"
     try:
-        info = ModelInfo(**listing(url, _answered))
+        info = ModelInfo(**listing(url, _answered))  # type: ignore[no-untyped-call]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotFetched(NO_HUB.format(HUB)) from error
     if not isinstance(info.sha, str) or not DIGEST.fullmatch(info.sha) or info.siblings is None:

@@ -124,7 +124,7 @@ def the_terminals_library_is_imported_by_the_chat_alone(modules: Modules) -> lis
 
 
 def nothing_that_serves_can_download(modules: Modules) -> list[str]:
-    downloaders = {"LLM.fetch", "LLM.default_model"}
+    downloaders = {"LLM.fetch", "LLM.default_model", "LLM.download.bounds"}
     renders = "LLM.chat.template_process"  # the one program it starts imports jinja2 alone, and has no environment
     clients = ("huggingface_hub", "httpx", "httpx2", "requests", "aiohttp", "urllib.request", "http.client", "subprocess")
     return [name for name in importers(modules, *downloaders, *clients) if name not in (*downloaders, renders)]
@@ -264,6 +264,7 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (the_terminals_library_is_imported_by_the_chat_alone, {"wsserver.__main__": "from wsserver import chat"}),
     (nothing_that_serves_can_download, {"wsserver.__main__": "from LLM.fetch import fetch"}),
     (nothing_that_serves_can_download, {"LLM.listing": "from LLM import default_model"}),
+    (nothing_that_serves_can_download, {"LLM.listing": "from LLM.download.bounds import listing"}),
     (nothing_that_serves_can_download, {"LLM.loader": "from huggingface_hub import snapshot_download"}),
     (nothing_that_serves_can_download, {"handlers.init": "import urllib.request"}),
     (threads_are_made_in_two_files, {"LLM.model": "from concurrent.futures import ThreadPoolExecutor"}),
