@@ -61,7 +61,7 @@ class Replies:
 
     def refuse(self, message: Incoming, refusal: Refusal) -> None:
         """Answer a message without looking at whose it is."""
-        self._make(message.reply, Owner("mqtt", message.user), None, self._dispatch).refuse(message, refusal)
+        self._make(message, Owner("mqtt", message.user), None, self._dispatch).refuse(message, refusal)
 
     def give_up(self) -> None:
         """Stop everything that runs: nobody can hear of it."""
