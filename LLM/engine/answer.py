@@ -4,10 +4,11 @@ import time
 
 from tokenizers import Tokenizer
 
-from LLM.engine.detokenizer import REPLACEMENT, Detokenizer
+from LLM.engine.detokenizer import Detokenizer
 from LLM.engine.request import Alternative, Delta, Finished, FinishReason, Prefill, Scored, Started, Timings
 from LLM.engine.sequence import Sequence
 from LLM.engine.stream import GenerationStream
+from LLM.engine.undecodable import REPLACEMENT
 
 # Tokens without text that are told together: what counts tokens hears of them, and their log probabilities do not pile up.
 HIDDEN = 32
