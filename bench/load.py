@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,19 @@ def prompts(
 def requests(count: int, max_tokens: Sequence[int], seed: int = 0, **details: Any) -> list[Request]:
     """Make requests of mixed lengths, in and out."""
     return [Request(p, max_tokens[i % len(max_tokens)]) for i, p in enumerate(prompts(count, seed=seed, **details))]
+
+
+async def one_after_the_other(
+    stream: Stream, requests: Iterable[Request], think: float, goes_on: Callable[[], bool] = lambda: True
+) -> list[Trace]:
+    """Let one client ask as a person does, who needs `think` seconds before the next question."""
+    traces = []
+    for request in requests:
+        traces.append(await stream(request))
+        await asyncio.sleep(think)
+        if not goes_on():
+            break
+    return traces
 
 
 async def closed_loop(stream: Stream, clients: int, requests: Sequence[Request]) -> list[Trace]:

@@ -104,20 +104,26 @@ def generations(**fields: Any) -> Iterator[Message]:
 
 async def resumes(attacker: Attacker) -> None:
     """Make one answer with log probabilities, and have it replayed again and again."""
-    ask = {"type": "generate", "id": "r", "prompt": "Once upon a time", "max_tokens": 400}
     async with line(attacker) as socket:
-        await socket.send(json.dumps({**ask, "ignore_eos": True, "resumable": True, "logprobs": 20}))
         token = None
-        async for data in socket:
-            frame = json.loads(data)
-            token = frame.get("resume_token", token)
-            if frame["type"] == "done":
-                break
-        if token is None:
-            attacker.counts["not begun"] += 1
-            raise SideFailed("not begun")
+        while token is None:
+            token = await resumable(socket)
+            await asyncio.sleep(1 / RATE)
         resume = {"type": "resume", "id": "r", "resume_token": token, "after_seq": 0}
         await send_all(socket, attacker, repeat(resume), RATE)
+
+
+async def resumable(socket: ClientConnection) -> str | None:
+    """Ask for a resumable answer and read it whole; return its token, None if it was refused."""
+    ask = {"type": "generate", "id": "r", "prompt": "Once upon a time", "max_tokens": 400}
+    await socket.send(json.dumps({**ask, "ignore_eos": True, "resumable": True, "logprobs": 20}))
+    token: str | None = None
+    async for data in socket:
+        frame = json.loads(data)
+        token = frame.get("resume_token", token)
+        if frame["type"] in ("done", "error"):
+            break
+    return token
 
 
 EMPTY_MESSAGES = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}] * 3500

@@ -151,8 +151,9 @@ def test_who_is_not_here_cannot_leave() -> None:
 
 
 def test_who_runs_more_than_its_share_yields_at_once_and_else_after_a_quantum() -> None:
-    queue = queue_of("a0", "a1", "b0", limit=1)
-    assert [queue.serve() for _ in range(1)] == ["a0"]
+    queue = queue_of("a0", "a1", "b0", "b1", limit=1)
+    assert [queue.serve() for _ in range(2)] == ["a0", "b0"]
+    queue.put_back("b0")
     assert not queue.outranks("b0", "a0", 100)
     queue.charge("a0", 99)
     assert not queue.outranks("b0", "a0", 100)
@@ -160,9 +161,25 @@ def test_who_runs_more_than_its_share_yields_at_once_and_else_after_a_quantum() 
     assert queue.outranks("b0", "a0", 100)
     assert not queue.outranks("a1", "a0", 0), "an owner does not displace itself"
     queue.leave("b0")
+    queue.leave("b1")
     queue.serve()
     queue.join("c0", "c")
     assert queue.outranks("c0", "a0", 10**9), "two places are more than its share"
+
+
+def test_who_was_idle_needs_a_smaller_lead_but_once() -> None:
+    queue = queue_of("a0", "b0")
+    queue.serve()
+    queue.charge("a0", WAKING - 1)
+    assert not queue.outranks("b0", "a0", 100)
+    queue.charge("a0", 1)
+    assert queue.outranks("b0", "a0", 100)
+    queue.serve()
+    queue.put_back("b0")
+    assert not queue.outranks("b0", "a0", 100), "it waits for the quantum now"
+    queue.leave("b0")
+    queue.join("b1", "b")
+    assert queue.outranks("b1", "a0", 100), "it was idle in between"
 
 
 def test_little_is_kept_of_owners_who_have_nothing_here() -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 # Frames of all connections together that are parsed in a turn, and for how many a piece counts in which none ends.
 FRAMES_PER_TURN = 4
 FRAMES_A_PIECE = 1 / 16
-REST = 0.001  # seconds between two turns while somebody has more
+REST = 0.004  # seconds between two turns while a client has more: the engine's thread needs the interpreter too
 
 
 class Speaker(Protocol):

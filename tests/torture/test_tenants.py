@@ -3,79 +3,64 @@
 import asyncio
 import json
 import random
-import statistics
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.measure import quantile
+from bench.load import Request, one_after_the_other
+from bench.measure import Trace, quantile
+from bench.sides.websocket import Client
 from bench.tenants import ATTACKS
-from tests.conftest import DEFAULT_MODEL, Client
+from tests.conftest import DEFAULT_MODEL
 from tests.test_main import COMMAND, Process, process
 
-# A server for many tenants, as README has it: a few rows a step, short prefills beside streams, and
-# loads for none but its operator.
-OPTIONS = ("--max-active", "4", "--prefill-stretch", "1.2", "--client-loads", "listed")
-ANSWERS, TOKENS = 12, 40  # of the honest client, before and beside the attack
-SECONDS = 45
+# The limits that README recommends for many clients that do not know each other.
+OPTIONS = (
+    "--max-active=3",
+    "--max-active-per-client=1",
+    "--prefill-stretch=2",
+    "--client-loads=listed",
+    "--messages-per-second=2",
+    "--tokens-per-minute=60000",
+    "--max-prompt-tokens=2048",
+    "--max-requests-per-key=16",
+    "--max-queued-per-key=8",
+)
+ANSWERS, TOKENS = 15, 40  # of the honest client before the attack
+THINK = 0.7  # seconds between an answer and the next question
+SECONDS = 40
 FIRST_TOKEN, GAP = 3.0, 1.5  # how much longer each may take beside the attack
 WORDS = ("river", "stone", "light", "old", "walks", "over", "under", "winter", "song", "glass")
 
 
-@dataclass
-class Waits:
-    """Seconds to first tokens, and between tokens."""
-
-    first: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-
-    @property
-    def first_token(self) -> float:
-        return statistics.median(self.first)
-
-    @property
-    def gap(self) -> float:
-        return quantile(self.gaps, 0.99)
-
-    def __str__(self) -> str:
-        times = (self.first_token, max(self.first), statistics.median(self.gaps), self.gap)
-        return "first token {:.1f} (worst {:.1f}), gap {:.1f}, p99 {:.1f} ms".format(*(1000 * seconds for seconds in times))
+def questions(draw: random.Random) -> Iterator[Request]:
+    while True:
+        yield Request("Tell me of the " + " ".join(draw.choices(WORDS, k=6)), TOKENS)
 
 
-async def ask(client: Client, draw: random.Random, waits: Waits) -> None:
-    """Let an honest client ask one question and read the answer, whole."""
-    prompt = "Tell me of the " + " ".join(draw.choices(WORDS, k=6))
-    last = time.monotonic()
-    await client.send(type="generate", id="q", prompt=prompt, max_tokens=TOKENS, seed=7, ignore_eos=True)
-    seen = False
-    while (frame := await client.receive())["type"] != "done":
-        if frame["type"] == "token":
-            now = time.monotonic()
-            (waits.gaps if seen else waits.first).append(now - last)
-            last, seen = now, True
-    assert frame["finish_reason"] == "length", frame
-    assert frame["usage"]["completion_tokens"] == TOKENS
+def first_token(traces: list[Trace]) -> float:
+    return quantile([trace.ttft for trace in traces], 0.5)
 
 
-async def beside(server: Process, client: Client, draw: random.Random) -> tuple[Waits, str]:
-    """Measure the honest client while every attack goes on; give what came of the attacks too."""
-    waits = Waits()
-    address = server.url.split("/")[2]
-    attackers = (sys.executable, "-m", "bench.tenants", address, str(SECONDS))
+def gap(traces: list[Trace]) -> float:
+    return quantile([gap for trace in traces for gap in trace.itls], 0.99)
+
+
+async def beside(server: Process, client: Client, draw: random.Random) -> tuple[list[Trace], str]:
+    """Let the honest client ask while every attack goes on; return what came of the attacks too."""
+    attackers = (sys.executable, "-m", "bench.tenants", server.url.split("/")[2], str(SECONDS))
     with tempfile.TemporaryDirectory() as folder:
         async with process(Path(folder), *attackers) as attack:
             assert await attack.says() == "attacking"
             ended = asyncio.create_task(attack.says())
-            while not ended.done():
-                await ask(client, draw, waits)
-            came_of = ended.result()
+            traces = await one_after_the_other(client.stream, questions(draw), THINK, lambda: not ended.done())
+            came_of = await ended
             assert came_of, attack.stderr
     assert json.loads(came_of).keys() == ATTACKS.keys()
-    return waits, came_of
+    return traces, came_of
 
 
 @pytest.mark.torture
@@ -83,19 +68,24 @@ async def beside(server: Process, client: Client, draw: random.Random) -> tuple[
 @pytest.mark.parametrize("seed", range(10))
 async def test_a_client_is_served_beside_those_who_want_all(tmp_path: Path, seed: int) -> None:
     draw = random.Random(seed)
-    command = (*COMMAND, "--port", "0", "--model", DEFAULT_MODEL, "--log-level", "error", *OPTIONS)
+    command = (*COMMAND, "--port=0", f"--model={DEFAULT_MODEL}", "--log-level=error", *OPTIONS)
     async with process(tmp_path, *command) as server:
         assert "serving" in await server.says()
-        async with server.client() as client:
-            quiet = Waits()
-            await ask(client, draw, Waits())
-            for _ in range(ANSWERS):
-                await ask(client, draw, quiet)
-            attacked, came_of = await beside(server, client, draw)
-            told = f"quiet: {quiet}; attacked: {attacked}; {came_of}"
-            assert len(attacked.first) >= ANSWERS, told
-            assert attacked.first_token < FIRST_TOKEN * quiet.first_token, told
-            assert attacked.gap < GAP * quiet.gap, told
+        client = await Client.connect(server.url)
+        await client.stream(next(questions(draw)))
+        asked = [next(questions(draw)) for _ in range(ANSWERS)]
+        quiet = await one_after_the_other(client.stream, asked, THINK)
+        attacked, came_of = await beside(server, client, draw)
+        told = {
+            "first token": [1000 * first_token(traces) for traces in (quiet, attacked)],
+            "p99 gap": [1000 * gap(traces) for traces in (quiet, attacked)],
+            "answers": len(attacked),
+        }
+        (tmp_path / "told").write_text(f"{told} {came_of}")
+        assert len(attacked) >= ANSWERS, told
+        assert first_token(attacked) < FIRST_TOKEN * first_token(quiet), told
+        assert gap(attacked) < GAP * gap(quiet), told
+        await client.socket.close()
         server.signal()
         assert await server.ends() == 0
         assert "Traceback" not in server.stderr

@@ -17,6 +17,8 @@ T = TypeVar("T", bound=Hashable)
 
 # Tokens: so far below the smallest counter begins who was idle. It makes a short request go first, and no more than that.
 CREDIT = 64
+# Tokens: the lead with which an owner that was idle gets a place at once, as CFS does for a task that wakes up.
+WAKING = 16
 # Idle owners whose counters are remembered; the one that has been idle for longest is forgotten first.
 REMEMBERED = 1024
 
@@ -33,6 +35,7 @@ class _Share(Generic[T]):
         self.served = 0
         self.running = self.waiting = self.new = 0  # `new` are those of the waiting that never ran
         self.turn = 0  # equal counters take turns
+        self.woke = True  # whether nothing of it ran since it was idle
         self.parts: dict[Hashable, _Share[T]] = {}
         self.idle: OrderedDict[Hashable, int] = OrderedDict()  # the counters of parts with nothing waiting or running
         self.floor = 0  # the smallest counter of the active parts, which never falls
@@ -132,6 +135,7 @@ class FairQueue(Generic[T]):
         self._count(share, waiting=-1, running=1)
         for part in share.path():
             part.turn = self._next_turn()
+            part.woke = False
         return one
 
     def put_back(self, one: T) -> None:
@@ -172,14 +176,16 @@ class FairQueue(Generic[T]):
         """Whether one that waits should have the place of one that runs.
 
         It should where the other's owner runs more than its share and its own does not, or where its own runs nothing and
-        was served less by `quantum` tokens, so that the two do not change places at each step.
+        was served less by `quantum` tokens, so that the two do not change places at each step. An owner that was idle
+        needs a smaller lead, once: who asks now and then does not wait for those who ask without end.
         """
         for mine, theirs in zip(self._share_of[waiting].path(), self._share_of[running].path(), strict=True):
             if mine is theirs or mine.parent is None:
                 continue
             limit = self._limit_of(mine.parent)
             over = theirs.running > limit and mine.running < limit
-            return over or (not mine.running and mine.served + quantum <= theirs.served)
+            lead = min(quantum, WAKING) if mine.woke else quantum
+            return over or (not mine.running and mine.served + lead <= theirs.served)
         return False
 
     def moved(self) -> list[tuple[T, int]]:
