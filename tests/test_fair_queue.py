@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from LLM.engine.scheduling.fair_queue import CREDIT, REMEMBERED, FairQueue
+from LLM.engine.scheduling.fair_queue import CREDIT, REMEMBERED, WAKING, FairQueue
 
 OWNERS = "abcd"
 
