@@ -182,7 +182,8 @@ class BaseModelHandler:
         A raw prompt is in the client's own format: the text of a control token is that token, and a text that begins with
         those tokens already does not get them twice.
         """
-        check_text(prompt, partial(_count, model.tokenizer), model.plain_text.longest_token)
+        plain_text = model.plain_text
+        check_text(prompt, partial(_count, model.tokenizer), plain_text.longest_token, plain_text.spaces_vanish)
         begin, ids = encode(model.tokenizer, ""), encode(model.tokenizer, prompt)
         return ids[len(begin) :] if begin and ids[: 2 * len(begin)] == begin * 2 else ids
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-from LLM.chat.length import PIECE, check_text, longest_token
+from LLM.chat.length import PIECE, check_text, longest_token, spaces_vanish
 from LLM.chat.reading import reading
 from LLM.errors import Refused
 
@@ -51,8 +51,9 @@ class PlainText:
         self._any = re.compile("|".join(map(re.escape, self._ids)) or r"(?!)")
         self._starts = _Parts({text[:n] for text in self._ids for n in range(1, len(text))}, {t[0] for t in self._ids if t})
         self._ends = _Parts({text[n:] for text in self._ids for n in range(1, len(text))}, {t[-1] for t in self._ids if t})
-        # How many characters a token may stand for.
+        # How many characters a token may stand for, and whether spaces may stand for none.
         self.longest_token = longest_token(tokenizer)
+        self.spaces_vanish = spaces_vanish(tokenizer)
         # SentencePiece begins every text with a space of its own, Metaspace only one that has none yet.
         self._space = " " if self._written("a") == self._written(" a") == "▁a" else ""
 
@@ -72,7 +73,7 @@ class PlainText:
     def _encode_batch(self, pieces: Sequence[Piece]) -> list[int]:
         written = [self._space + piece if piece else piece for piece in pieces if isinstance(piece, str)]
         for text in written:
-            check_text(text, self._count, self.longest_token)
+            check_text(text, self._count, self.longest_token, self.spaces_vanish)
         texts, ids = iter(self._encode(written)), list[int]()
         for piece in pieces:
             if isinstance(piece, str):
@@ -110,7 +111,7 @@ class PlainText:
         reading().check_length(controls)
         named = "".join(self._names[part] if control else part for part, control in parts)
         shown = self._words.sub(lambda word: hidden[int(word[1])] if int(word[1]) < len(hidden) else "", named)
-        check_text(shown, self._count, None)
+        check_text(shown, self._count, None, self.spaces_vanish)
         return self._encode([shown])[0]
 
     def _hide(self, part: str, hidden: list[str]) -> str:

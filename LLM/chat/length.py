@@ -17,8 +17,10 @@ SLACK = 128
 KEEPING = {"ByteLevel", "Metaspace", "Digits", "Prepend", "Split", "Replace", "Sequence"}
 
 
-def check_text(text: str, count: Callable[[str], int], longest: int | None) -> None:
+def check_text(text: str, count: Callable[[str], int], longest: int | None, spaces_vanish: bool) -> None:
     """Encode a text's pieces until they show that it cannot fit; `longest` is how many characters a token may stand for.
+
+    Where `spaces_vanish`, a run of spaces counts as one: beside a token that was cut it may be none at all.
 
     Raises:
         Refused: `context_length_exceeded`.
@@ -31,7 +33,7 @@ def check_text(text: str, count: Callable[[str], int], longest: int | None) -> N
         return
     at_least = 0
     for piece in _pieces(text):
-        tokens = count(piece)
+        tokens = count(" ".join(piece.split()) if spaces_vanish else piece)
         bounds.made(tokens)
         at_least += tokens - SLACK
         bounds.check_length(at_least)
@@ -50,12 +52,14 @@ def _pieces(text: str) -> Iterator[str]:
 def longest_token(tokenizer: Tokenizer) -> int | None:
     """Return how many characters of a text one token may stand for; None where that has no bound that is known."""
     parts = [_state(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer) if part is not None]
-    if not _knows_all(tokenizer.model, parts) or not all(map(_keeps, parts)):
+    if spaces_vanish(tokenizer) or not _knows_all(tokenizer.model, parts) or not all(map(_keeps, parts)):
         return None
-    added = tokenizer.get_added_tokens_decoder().values()
-    if any(token.lstrip or token.rstrip for token in added):
-        return None  # takes any number of spaces along
     return max(map(len, tokenizer.get_vocab()), default=None)
+
+
+def spaces_vanish(tokenizer: Tokenizer) -> bool:
+    """Return whether an added token takes any number of spaces beside it along."""
+    return any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values())
 
 
 def _knows_all(model: Any, parts: list[dict[str, Any]]) -> bool:
