@@ -149,8 +149,9 @@ class ModelService:
         # Without names: /readyz shows this to clients that have no key.
         if problem:
             return f"the default model {problem}"
-        hung = any(model.load_error for model in self._leaving.stuck) or self._plans.hung
-        return "the load of a model hangs" if hung else None
+        if self._plans.hung:
+            return "reading a model's folder hangs"
+        return "loading a model hangs" if any(model.load_error for model in self._leaving.stuck) else None
 
     async def close(self) -> None:
         """End every load and every engine; a thread that does not end in time is left behind."""

@@ -249,7 +249,7 @@ async def test_a_folder_that_hangs_takes_one_thread_and_holds_up_no_other_model(
             with pytest.raises(Refused, match=r"folder took longer than 0\.05 s"):
                 await load(service, "me", "a/a", dtype=dtype)
         assert len(service._plans._hung) == 1
-        assert service.problem == "the load of a/a hangs"
+        assert service.problem == "reading a model's folder hangs"
         hanging.open()
         await eventually(lambda: service.problem is None)
         service._plans._timeout = 60.0
@@ -281,7 +281,7 @@ async def test_a_load_that_hangs_fails_by_name_and_its_memory_counts_until_it_ha
         with pytest.raises(Refused, match="--load-timeout") as refused:
             await load(service, "me", "a/a")
         assert refused.value.reason == "load_failed"
-        assert service.problem == "the load of a/a hangs"
+        assert service.problem == "loading a model hangs"
         with pytest.raises(Refused, match="there is no room"):
             await load(service, "me", "b/b")
         hanging.goes_on.set()

@@ -103,8 +103,9 @@ class Connection:
         self._outbox.drop_tokens(id)
 
     async def emptied(self) -> None:
-        """Wait until the outbox is empty."""
-        await self._all_written.wait()
+        """Wait until the outbox is empty; it is when this returns, and may not be one turn later."""
+        while not self._all_written.is_set():  # also after a wait: another frame may have come before its end was noticed
+            await self._all_written.wait()
 
     # For the server.
 

@@ -23,14 +23,14 @@ OPTIONS = (
     "--max-active-per-client=1",
     "--prefill-stretch=2",
     "--client-loads=listed",
-    "--messages-per-second=2",
+    "--messages-per-second=1",
     "--tokens-per-minute=60000",
     "--max-prompt-tokens=2048",
     "--max-requests-per-key=16",
     "--max-queued-per-key=8",
 )
-ANSWERS, TOKENS = 15, 40  # of the honest client before the attack
-THINK = 0.7  # seconds between an answer and the next question
+ANSWERS, TOKENS = 10, 40  # of the honest client before the attack
+THINK = 2.0  # seconds between an answer and the next question
 SECONDS = 40
 FIRST_TOKEN, GAP = 3.0, 1.5  # how much longer each may take beside the attack
 WORDS = ("river", "stone", "light", "old", "walks", "over", "under", "winter", "song", "glass")
