@@ -64,7 +64,8 @@ def leaving(
             "choose a smaller dtype, or let the operator raise --memory or lower --kv-memory",
         )
     residents = list(residents)
-    free = budget - sum(r.memory_bytes for r in residents if _meet(r.device, device))
+    # What takes nothing, as the echo model does, fits even where its handler knows of no memory at all.
+    free = budget - sum(r.memory_bytes for r in residents if _meet(r.device, device)) if need else 0
     places = most - len(residents)
     found: list[R] = []
     for resident in sorted((r for r in residents if r.left_at is not None), key=lambda r: (r in last, r.left_at)):

@@ -144,6 +144,19 @@ def test_positions_are_told_when_they_change_for_better_or_worse() -> None:
     assert queue.moved() == [("b0", 1), ("a2", 2)]
 
 
+def test_those_who_were_never_told_their_position_may_be_told_before_the_others() -> None:
+    queue = queue_of("a0", "a1")
+    assert queue.moved(only_new=True) == [("a0", 1), ("a1", 2)]
+    assert queue.moved() == []
+    queue.join("b0", "b")
+    assert queue.moved(only_new=True) == [("b0", 2)]
+    assert queue.moved(only_new=True) == []
+    queue.leave("a0")
+    assert queue.moved(only_new=True) == []
+    assert queue.moved() == [("a1", 1)]
+    assert queue.moved() == []
+
+
 def test_who_is_not_here_cannot_leave() -> None:
     queue = queue_of("a0", "b0")
     assert [queue.leave(one) for one in ("c0", "a0", "a0")] == [False, True, False]
@@ -246,13 +259,15 @@ class Naive(RuleBasedStateMachine):
             if one in theirs:
                 theirs.remove(one)
 
-    @rule()
-    def tell(self) -> None:
+    @rule(only_new=st.booleans())
+    def tell(self, only_new: bool) -> None:
         now = {one: place for place, one in enumerate(self.queue, 1)}
-        told = dict(self.queue.moved())
+        told = dict(self.queue.moved(only_new))
         assert told.items() <= now.items()
         self.told = {one: told.get(one, self.told.get(one, 0)) for one in now}
         assert all(self.told.values())
+        if not only_new:
+            assert self.told == now
 
     @invariant()
     def it_is_the_line_that_the_lists_make(self) -> None:

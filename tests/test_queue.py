@@ -71,7 +71,8 @@ async def test_two_connections_are_served_in_turn_however_many_one_asked_for(bus
             assert order.index("x") <= 2
 
 
-async def test_a_place_in_line_is_told_again_when_somebody_comes_in_between(busy) -> None:
+async def test_a_place_in_line_is_told_again_when_somebody_comes_in_between(busy, monkeypatch) -> None:
+    monkeypatch.setattr("LLM.engine.worker.POSITIONS_INTERVAL", 0)
     server, model = busy
     async with server.client_of("heavy") as heavy, server.client_of("light") as light:
         await ask(server, heavy, "abc")

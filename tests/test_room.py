@@ -51,7 +51,7 @@ def test_those_who_leave_are_few_enough_and_many_enough(residents: list[Someone]
 
     def fits(gone: list[Someone]) -> bool:
         taken = sum(r.memory_bytes for r in here if not any(r is other for other in gone))
-        return taken + need <= budget and len(residents) - len(gone) < MOST_MODELS
+        return (taken + need <= budget or not need) and len(residents) - len(gone) < MOST_MODELS
 
     found = asked(plan(need), residents, budget)
     assert (found == "load_failed") == (need > budget)
@@ -77,6 +77,11 @@ def test_what_takes_nothing_needs_a_place_all_the_same(residents: list[Someone])
         assert found == "overloaded"
     else:
         assert len(found) == 1
+
+
+def test_what_takes_nothing_fits_beside_a_pinned_model_where_its_own_device_has_no_memory() -> None:
+    pinned = Someone("big", "cpu", 90, None, pinned=True)
+    assert leaving(plan(0, device_bytes=0), [pinned], None) == []
 
 
 def test_without_a_word_from_the_operator_nine_tenths_of_the_device_are_to_be_had() -> None:

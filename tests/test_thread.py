@@ -15,6 +15,7 @@ import pytest
 from LLM._base_model_handler import LoadedModel, LoadOptions
 from LLM.engine import answer as answer_module
 from LLM.engine import thread as thread_module
+from LLM.engine import worker as worker_module
 from LLM.engine.request import Delta, Finished, GenerationRequest, Part, Prefill, Queued, Sampled, Started, Timings
 from LLM.engine.sequence import Slice
 from LLM.engine.stream import GenerationStream
@@ -103,7 +104,8 @@ async def test_an_answer_comes_whole_and_in_order(details: dict, reason: str, sh
         assert model.held() == set()
 
 
-async def test_requests_start_in_the_order_they_came_and_are_told_each_move_in_line():
+async def test_requests_start_in_the_order_they_came_and_are_told_each_move_in_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker_module, "POSITIONS_INTERVAL", 0)
     async with started(capacity=1) as (engine, model):
         heard: dict[str, list[Part]] = {id: [] for id in "abcd"}
         tasks = [asyncio.create_task(parts_of(engine, request(id), heard[id])) for id in heard]
@@ -404,6 +406,18 @@ async def test_streams_that_the_cache_has_no_room_for_at_once_are_told_everythin
             assert (text(parts), end(parts).completion_tokens) == (prompt, len(prompt) + 1), id
         again = [id for id in asked for (_, stop), (start, _) in pairwise(model.steps_of(id)) if start < stop]
         assert again, "nobody was preempted"
+
+
+async def test_moves_in_line_are_told_now_and_then_and_a_new_place_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker_module, "POSITIONS_INTERVAL", 3600)
+    async with started(capacity=1) as (engine, model):
+        tasks = await reading(engine, *(request(str(i), "abcd") for i in range(3)))
+        await model.in_step(1)
+        tasks += await reading(engine, *(request(str(i), "abcd") for i in range(3, 6)))
+        model.open()
+        assert await ends_of(tasks) == [("stop", None)] * 6
+        told = [[part.position for part in task.result() if isinstance(part, Queued)] for task in tasks]
+        assert [len(positions) for positions in told] == [0, 1, 1, 1, 1, 1]
 
 
 async def test_two_hundred_at_once_on_four_slots_can_all_be_cancelled_in_one_step():

@@ -141,9 +141,13 @@ class Scheduler:
         full = len(sequence.token_ids) // size
         self.pool.forget(self.pool.find(sequence.block_hash(index, size) for index in range(full)))
 
-    def moved(self) -> list[tuple[Hashable, int]]:
-        """Give (key, position) of every waiting request whose position changed since it was last told; 1 is next."""
-        return [(sequence.request.key, place) for sequence, place in self.waiting.moved() if not sequence.began]
+    def moved(self, only_new: bool = False) -> list[tuple[Hashable, int]]:
+        """Give (key, position) of every waiting request whose position changed since it was last told; 1 is next.
+
+        With `only_new` of those alone that were never told.
+        """
+        moved = self.waiting.moved(only_new)
+        return [(sequence.request.key, place) for sequence, place in moved if not sequence.began]
 
     def run_one_less(self) -> bool:
         """Put the youngest running sequence back in line and run that many from now on; False if only one runs."""

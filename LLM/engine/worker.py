@@ -26,6 +26,7 @@ from LLM.errors import Reason
 log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = "ran out of memory"
+POSITIONS_INTERVAL = 0.2  # seconds between two times that those in line are told where they stand now
 FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; try again")
 
 
@@ -79,7 +80,7 @@ class Worker:
         self._now = now
         self._parts: Parts = []
         self._flight: Flight | None = None
-        self._landed_at = 0.0
+        self._landed_at = self._positions_told = 0.0
         # For the event loop's side to look at: how many steps there were, and since when one runs, by its clock.
         self.steps = 0
         self.step_began: float | None = None
@@ -221,7 +222,13 @@ class Worker:
             if part.begins:
                 answer = self._answers[part.sequence.request.key]
                 self._parts.append((answer.stream, answer.start()))
-        self._parts += [(self._answers[key].stream, Queued(position)) for key, position in self._scheduler.moved()]
+        # Where many come and go, telling all of them at each step would take more time than the steps.
+        now = time.monotonic()
+        only_new = now - self._positions_told < POSITIONS_INTERVAL
+        if not only_new:
+            self._positions_told = now
+        moved = self._scheduler.moved(only_new)
+        self._parts += [(self._answers[key].stream, Queued(position)) for key, position in moved]
         self._hand_over()
 
     def _read_inbox(self, wait: bool) -> bool:

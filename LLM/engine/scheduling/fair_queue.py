@@ -88,6 +88,7 @@ class FairQueue(Generic[T]):
         self._told: dict[T, int] = {}
         self._moved = False
         self._joined = self._turns = 0
+        self._told_until = 0  # of those that joined, how many were told their positions
 
     def __len__(self) -> int:
         return self._all.waiting
@@ -188,12 +189,16 @@ class FairQueue(Generic[T]):
             return over or (not mine.running and mine.served + lead <= theirs.served)
         return False
 
-    def moved(self) -> list[tuple[T, int]]:
-        """Return everyone whose position is not what it was when this was last asked; 1 is next."""
-        if not self._moved:
+    def moved(self, only_new: bool = False) -> list[tuple[T, int]]:
+        """Return everyone whose position is not what was returned last; 1 is next. `only_new` leaves the others for later."""
+        if not (self._joined > self._told_until if only_new else self._moved):
             return []
-        told, self._moved = self._told, False
+        told, self._told_until = self._told, self._joined
         self._told = {one: position for position, one in enumerate(self, 1)}
+        if only_new:
+            self._told |= {one: position for one, position in told.items() if one in self._told}
+        else:
+            self._moved = False
         return [(one, position) for one, position in self._told.items() if told.get(one) != position]
 
     def _order(self, share: _Share[T]) -> Iterator[tuple[T, int]]:
