@@ -190,7 +190,7 @@ class FairQueue(Generic[T]):
         return False
 
     def moved(self, only_new: bool = False) -> list[tuple[T, int]]:
-        """Return everyone whose position is not what was returned last; 1 is next. With `only_new`, of those never returned."""
+        """Return everyone whose position is not what was returned last, or of `only_new` ones; 1 is next."""
         if not (self._joined > self._told_until if only_new else self._moved):
             return []
         told, self._told_until = self._told, self._joined
