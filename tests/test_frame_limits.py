@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,7 +15,7 @@ from websockets.frames import Frame, Opcode
 from tests.conftest import eventually, running
 from tests.scripted import closing_code, scripted
 from tests.test_client_limits import ELSEWHERE, refused
-from wsserver.accepted import PIECE, Accepted
+from wsserver.accepted import LONG_PIECE, PIECE, Accepted
 from wsserver.reading import FRAMES_PER_TURN
 
 
@@ -149,6 +150,30 @@ async def test_many_frames_that_came_at_once_leave_others_their_turn(monkeypatch
     passing[0].cancel()
     assert sum(parsed.values()) > 3000
     assert max(parsed.values()) <= FRAMES_PER_TURN + PIECE // len(frame(Opcode.PING, b""))
+
+
+async def test_a_long_frame_is_parsed_in_longer_pieces_and_what_follows_it_in_short_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces: list[int] = []
+
+    def parse(self: Accepted, by: Callable[[Any], int] = Accepted.parse) -> int:
+        before = len(self._unparsed)
+        frames = by(self)
+        if len(self._unparsed) < before:
+            pieces.append(before - len(self._unparsed))
+        return frames
+
+    async with running() as server, server.client() as client:
+        await client.settle()
+        monkeypatch.setattr(Accepted, "parse", parse)
+        message = json.dumps({"type": "status", "x": "y" * 100_000}).encode()
+        client.socket.transport.write(frame(Opcode.TEXT, message) + 100 * frame(Opcode.PING, b"x" * 100))
+        await client.settle()
+    assert LONG_PIECE in pieces
+    assert len(pieces) < 100_000 // LONG_PIECE + 10_600 // PIECE + 12
+    assert sum(pieces) > 110_000
+    assert max(pieces[-8:]) <= PIECE
 
 
 async def test_who_waits_for_a_turn_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,10 @@ UNREAD_MESSAGES = 4  # how many messages may wait for a reader that waits for it
 PONG_WITHIN = 20.0
 # Frames that may be sent beside those of as many messages as may be: whoever sends too many messages is told so first.
 SPARE_FRAMES = 100
-# Bytes that are parsed before the frames in them are counted.
+# Bytes that are parsed before the frames in them are counted; more of them inside a frame that is long already, for which
+# pieces that small would cost more than all else.
 PIECE = 512
+LONG_PIECE = 4_096
 # Seconds that a client is given to read why it is cut off.
 LINGER = 2.0
 
@@ -51,6 +53,7 @@ class Accepted(ServerConnection):
         self._in_line = False
         self._resting: asyncio.TimerHandle | None = None
         self._frame_count = 0
+        self._since_frame = 0  # bytes that were parsed since the last frame ended
         rate = FRAMES_PER_MESSAGE * config.messages_per_second
         self._frames = TokenBucket(rate, BURST_SECONDS * rate + SPARE_FRAMES)
 
@@ -81,8 +84,10 @@ class Accepted(ServerConnection):
         """Parse some of what was read; give how many frames were in it."""
         before = self._frame_count
         if self._may_parse:
-            piece = bytes(self._unparsed[:PIECE])
-            del self._unparsed[:PIECE]
+            size = min(max(self._since_frame, PIECE), LONG_PIECE)
+            piece = bytes(self._unparsed[:size])
+            del self._unparsed[:size]
+            self._since_frame += size
             super().data_received(piece)
         return self._frame_count - before
 
@@ -121,6 +126,7 @@ class Accepted(ServerConnection):
     def process_event(self, event: Event) -> None:
         """Count a frame; one too many ends the connection here and now, and what is still to be read is not."""
         self._frame_count += 1
+        self._since_frame = 0
         now = time.monotonic()
         # A debt: all of a client's connections together are parsed no faster, and none is let in until it is paid.
         self._account.frames.spend(1, now)
