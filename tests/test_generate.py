@@ -242,7 +242,8 @@ async def test_a_long_prompt_does_not_hold_up_a_running_generation() -> None:
         assert chunks[-1][1] == 5000
 
 
-async def test_who_waits_is_told_its_place_and_every_change_of_it() -> None:
+async def test_who_waits_is_told_its_place_and_every_change_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("LLM.engine.worker.POSITIONS_INTERVAL", 0)
     async with (
         scripted(max_active=1, keys=keyed("a", "b", "c")) as (server, model),
         server.client_of("a") as a,
