@@ -142,7 +142,8 @@ class BlockingCalls:
         call = max(self._owners.values(), key=len)[-1]
         self._take_out(call)
         why = f"too many others wait for the same ({self._what}); try again in a moment"
-        call.future.set_exception(Refused("overloaded", why))
+        if not call.future.done():  # its owner may have cancelled it in this very turn
+            call.future.set_exception(Refused("overloaded", why))
 
     def _done(self, call: _Call[Any]) -> None:
         del self._running[call.owner]

@@ -87,7 +87,7 @@ async def test_a_client_that_reads_nothing_is_closed_and_no_more_than_one_of_the
         ends = [frame for frame in connection._outbox._frames.values() if isinstance(frame, Done)]
         assert len(ends) <= 1  # the writer may have taken it
         account = connection.peer.session.account
-        assert account.requests == waiting(server) > 1
+        assert account.requests >= waiting(server) > 1
         await eventually(lambda: "nothing was read for too long" in caplog.text)
         await eventually(lambda: not server.server._connections)
         assert account.requests == 0

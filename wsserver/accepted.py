@@ -111,7 +111,8 @@ class Accepted(ServerConnection):
 
     def _rested(self) -> None:
         self._resting = None
-        if self._may_parse:
+        # Also with nothing to be parsed: reading may have stopped for a queue that was full, and only a turn resumes it.
+        if not self.transport.is_closing():
             self._join()
 
     @property
