@@ -16,7 +16,7 @@ SECONDS = 2.0
 PROBE = [ChatMessage(role="user", content="Hello")]
 # Marks the end of a message that is to be continued; the space tells whether the template takes it off.
 END = f"{secrets.token_hex(8)}end "
-TODO = "send prompt instead, or have the server's operator replace the template"
+ADVICE = "send prompt instead, or have the server's operator replace the template"
 FAILURES = {
     "memory": "needs more memory than it may have",
     "output": "writes more than it may",
@@ -90,4 +90,4 @@ class ChatTemplate:
 
     def _failed(self, why: str) -> Refused:
         log.warning("a chat template %s", why)
-        return Refused("unsupported", f"the model's chat template {why}; {TODO}", "messages")
+        return Refused("unsupported", f"the model's chat template {why}; {ADVICE}", "messages")

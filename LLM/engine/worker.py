@@ -26,7 +26,7 @@ from LLM.errors import Reason
 log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = "ran out of memory"
-POSITIONS_INTERVAL = 0.2  # seconds between two times that those in line are told where they stand now
+POSITIONS_INTERVAL = 0.2  # seconds between two updates of the queue positions that are sent
 FAILED: tuple[Reason, str] = ("internal", "the model failed while generating; try again")
 
 

@@ -25,7 +25,7 @@ OPTIONS = re.findall(
 )
 ANSWERS, TOKENS = 10, 40  # of the honest client before the attack
 THINK = 4  # times as long as an answer takes: reading it. Of two places nine clients' fair share is less than a quarter each
-ATTACKED = 25  # answers in whose time, were nobody else here, the attack goes on
+ATTACKED = 25  # the length of the attack, in questions and answers of the quiet phase
 FIRST_TOKEN, GAP = 3.0, 1.5  # how much longer each may take beside the attack
 WORDS = ("river", "stone", "light", "old", "walks", "over", "under", "winter", "song", "glass")
 
