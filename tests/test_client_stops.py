@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from tests.conftest import eventually
 from tests.scripted import put
 from tests.stage import MORE, TEXT, Stage, read
-from wsserver.client import Answer, ConnectionLost, ServerError
+from wsserver.client import Answer, ConnectionLost, ServerError, connect
 
 
 async def leave_by_break(answer: Answer) -> None:
@@ -125,3 +127,17 @@ async def test_who_closes_leaves_nothing_running_behind(stage: Stage) -> None:
         await anext(pieces)
     with pytest.raises(ConnectionLost, match="this client was closed"):
         await server.status()
+
+
+async def test_who_closes_right_after_coming_back_is_told_of_no_error(stage: Stage) -> None:
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    back = asyncio.Event()
+    async with connect(stage.url, on_state=lambda state: back.set() if state == "connected" else back.clear()):
+        await back.wait()
+        (link,) = stage.proxy.links.values()
+        link.cut()
+        await eventually(lambda: not back.is_set())
+        await back.wait()  # what it asked on coming back is not answered yet
+    gc.collect()
+    assert unheard == []

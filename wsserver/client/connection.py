@@ -144,7 +144,7 @@ class LastingConnection:
                 self._settle(asked)
         self._say([STATUS for report in self._reports])
         # Whose answer tells that there is a server behind that connection, even if nothing else is waited for.
-        self._ask_status()
+        self._ask_status().add_done_callback(asyncio.Future.exception)  # heard by nobody else
 
     def _ask_status(self) -> "asyncio.Future[StatusReport]":
         report: asyncio.Future[StatusReport] = asyncio.get_running_loop().create_future()
