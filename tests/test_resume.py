@@ -473,6 +473,28 @@ async def test_a_client_that_takes_over_in_the_middle_of_anothers_replay_gets_ev
         assert (await slow.settle())["connection"]["active"] == []
 
 
+async def test_one_that_outgrew_the_memory_while_it_was_read_may_be_taken_over_and_goes_on() -> None:
+    async with (
+        scripted(max_resume_bytes=320 * len(WIDE)) as (server, model),
+        server.client() as client,
+        server.client() as other,
+        slow_client(server) as slow,
+    ):
+        await begun(client, model, prompt=WIDE * 60, ignore_eos=True, max_tokens=600)
+        await cut(client)
+        await unheard(server)
+        await step_by_step(model, 250)
+        slow.socket.transport.pause_reading()
+        await slow.resume(client, "g")
+        await eventually(lambda: any(job.needs_transcript for job in server.server.resumables))
+        await step_by_step(model, 200)
+        assert server.server.resumables.size > 320 * len(WIDE)
+        await other.resume(client, "g")
+        model.open()
+        assert (await other.done("g"))["finish_reason"] == "length"
+        assert other.checker.texts["g"] == WIDE * 591
+
+
 async def test_a_client_that_is_lost_in_the_middle_of_its_replay_may_be_followed_by_another() -> None:
     async with scripted() as (server, model), server.client() as client, server.client() as other:
         async with slow_client(server) as slow:

@@ -104,10 +104,11 @@ class Peer:
         if not job.reaches(message.after_seq):
             raise Refusal("bad_message", NEVER_THERE, message.id)
         self.session.open(message)
-        if job.listener:
-            job.listener.lose(job)
+        before = job.listener
         self._take(job)
-        self._replay(job, message.after_seq, paced=True)
+        self._replay(job, message.after_seq, paced=True)  # never without a listener, or it might be forgotten just then
+        if before:
+            before.lose(job)
         self.send(Resumed(id=job.id, seq=message.after_seq))
 
     def stop(self, ids: list[str], reason: StopReason, now: float) -> None:
@@ -129,7 +130,8 @@ class Peer:
         admitted = self.session.admit(frame, time.monotonic())
         id: str = getattr(frame, "id", "")
         if not self.session.has(id):
-            self._jobs[id].listen(None)
+            if self._jobs[id].listener is self:
+                self._jobs[id].listen(None)
             self._drop(id)
         if admitted is not None:
             self._link.push(admitted)
