@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
 
 
 class Clock:
@@ -19,10 +18,10 @@ class Clock:
 
     async def pass_by(self, seconds: float) -> None:
         """Wait until so many seconds have passed by."""
-        over = asyncio.get_running_loop().create_future()
-        timer = self.later(seconds, partial(over.set_result, None))
+        over = asyncio.Event()  # no future, which a cancel in the very turn in which the time is over would have ended
+        timer = self.later(seconds, over.set)
         try:
-            await over
+            await over.wait()
         finally:
             timer.cancel()
 

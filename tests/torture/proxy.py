@@ -180,11 +180,9 @@ def _prepare(side: socket.socket) -> None:
 
 async def _pass(seconds: float) -> None:
     """Let time pass: the one place where that is the point."""
-    loop = asyncio.get_running_loop()
-    passed = loop.create_future()
-    # A cancel may come in the very turn in which the time is over.
-    timer = loop.call_later(seconds, lambda: passed.done() or passed.set_result(None))
+    passed = asyncio.Event()  # no future, which a cancel in the very turn in which the time is over would have ended
+    timer = asyncio.get_running_loop().call_later(seconds, passed.set)
     try:
-        await passed
+        await passed.wait()
     finally:
         timer.cancel()

@@ -126,10 +126,9 @@ class Dialer:
 
 async def _pass(seconds: float) -> None:
     """Let time pass: that is all that is waited for here."""
-    loop = asyncio.get_running_loop()
-    passed = loop.create_future()
-    timer = loop.call_later(seconds, passed.set_result, None)
+    passed = asyncio.Event()  # no future, which a cancel in the very turn in which the time is over would have ended
+    timer = asyncio.get_running_loop().call_later(seconds, passed.set)
     try:
-        await passed
+        await passed.wait()
     finally:
         timer.cancel()

@@ -90,10 +90,9 @@ class Backlog:
 
 async def _pass(seconds: float) -> None:
     """Wait until so many seconds have passed by."""
-    loop = asyncio.get_running_loop()
-    passed = loop.create_future()
-    timer = loop.call_later(seconds, passed.set_result, None)
+    passed = asyncio.Event()  # no future, which a cancel in the very turn in which the time is over would have ended
+    timer = asyncio.get_running_loop().call_later(seconds, passed.set)
     try:
-        await passed
+        await passed.wait()
     finally:
         timer.cancel()
