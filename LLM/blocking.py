@@ -14,13 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from LLM.engine.clock import MONOTONIC, Clock
-from LLM.errors import Refused
+from LLM.errors import Reason, Refused
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PATIENCE = 1.0  # seconds that a close waits for calls
+CLOSED: tuple[Reason, str] = ("overloaded", "the server is stopping")
 
 
 class _Call(Generic[T]):
@@ -67,6 +68,7 @@ class BlockingCalls:
         self._clock = clock
         self._started = 0
         self._waiting = 0
+        self._closed = False
         self._emptied: asyncio.Future[None] | None = None
         # The owner whose turn it is comes first; each has a call that waits.
         self._owners: OrderedDict[Hashable, deque[_Call[Any]]] = OrderedDict()
@@ -77,8 +79,10 @@ class BlockingCalls:
         """Do `work` on a thread. A cancelled call that has not begun never begins.
 
         Raises:
-            Refused: `overloaded`, where too many wait and this owner has the most.
+            Refused: `overloaded`, where too many wait and this owner has the most, or the calls were closed before it began.
         """
+        if self._closed:
+            raise Refused(*CLOSED)
         call = _Call(work, owner)
         self._owners.setdefault(owner, deque()).append(call)
         self._waiting += 1
@@ -104,7 +108,13 @@ class BlockingCalls:
         return f"{self._what} hangs" if hangs else None
 
     async def close(self, patience: float = PATIENCE) -> None:
-        """End the threads, each after the call it is in; one that takes longer than `patience` seconds is left behind."""
+        """End the threads, each after the call it is in; one that takes longer than `patience` seconds is left behind.
+
+        What waits never begins.
+        """
+        self._closed = True
+        for call in [call for calls in self._owners.values() for call in calls]:
+            self._refuse(call, *CLOSED)
         for _ in range(self._started):
             self._todo.put(None)
         if self._running:
@@ -139,11 +149,13 @@ class BlockingCalls:
 
     def _refuse_one(self) -> None:
         # Of the owner who has the most: one client does not take the places of all.
-        call = max(self._owners.values(), key=len)[-1]
-        self._take_out(call)
         why = f"too many others wait for the same ({self._what}); try again in a moment"
+        self._refuse(max(self._owners.values(), key=len)[-1], "overloaded", why)
+
+    def _refuse(self, call: _Call[Any], reason: Reason, why: str) -> None:
+        self._take_out(call)
         if not call.future.done():  # its owner may have cancelled it in this very turn
-            call.future.set_exception(Refused("overloaded", why))
+            call.future.set_exception(Refused(reason, why))
 
     def _done(self, call: _Call[Any]) -> None:
         del self._running[call.owner]

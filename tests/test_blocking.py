@@ -119,6 +119,19 @@ async def test_a_close_leaves_behind_what_hangs(work: Work, caplog: pytest.LogCa
     assert await hung == "hung"
 
 
+async def test_a_close_lets_what_waits_never_begin_and_leaves_nothing_behind(work: Work, caplog: pytest.LogCaptureFixture):
+    calls = BlockingCalls("reading a folder", 1, 3, 60.0)
+    running, waiting = [await started(calls, work, name, name) for name in ("runs", "waits")]
+    closing = asyncio.create_task(calls.close())
+    await asyncio.sleep(0)
+    work.let("runs")
+    await closing
+    assert (await running, work.began, calls.busy, caplog.text) == ("runs", ["runs"], False, "")
+    for late in (waiting, await started(calls, work, "late", "late")):
+        with pytest.raises(Refused, match="is stopping"):
+            await late
+
+
 async def test_what_a_call_raises_is_raised():
     calls = BlockingCalls("reading", 1, 3, 60.0)
     with pytest.raises(ZeroDivisionError):
