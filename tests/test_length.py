@@ -174,7 +174,8 @@ def test_a_raw_prompt_that_cannot_fit_is_refused_without_encoding_it(models: dic
     bounds = Reading(10, "prompt")
     with pytest.raises(Refused, match="up to 10 tokens"):
         bounds.read(lambda: BaseModelHandler().encode_prompt(model, " " * (10 * model.plain_text.longest_token + 1)))
-    assert bounds.tokens == 0
+    bounds.end(1_000_000)
+    assert bounds.tokens == 0  # nothing was made of it, and nothing is to be paid for
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama"])

@@ -139,8 +139,7 @@ class Job:
 
     def read(self, tokens: int) -> None:
         """Say that its prompt was read, or so much of it, which costs so many tokens."""
-        if self._bill:
-            self._bill.read(tokens, time.monotonic())
+        self._bill.charge(tokens, time.monotonic())
 
     def on_stop(self, stop: Callable[[], object]) -> None:
         """Say what would stop it from now on; called at once if it has been told to stop already."""

@@ -119,16 +119,9 @@ class Bill:
         account.queued += 1
 
     def charge(self, tokens: int, now: float) -> None:
-        """Let the request have cost so many tokens in all, up to now; before it starts only its prompt was read."""
-        if self._waits:
-            return
-        self._account.tokens.spend(tokens - self._charged, now)
-        self._charged = tokens
-
-    def read(self, tokens: int, now: float) -> None:
-        """Let the prompt have cost so many tokens, because they were made: also if the request never starts."""
-        self._account.tokens.spend(tokens - self._charged, now)
-        self._charged = tokens
+        """Let the request have cost so many tokens in all, up to now; a bill never gets smaller."""
+        self._account.tokens.spend(max(tokens - self._charged, 0), now)
+        self._charged = max(tokens, self._charged)
 
     def start(self) -> None:
         """Give the place in line back."""

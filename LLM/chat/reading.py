@@ -25,13 +25,13 @@ class Reading:
         self.wanted = True
         self.tokens = 0  # that were made so far, to be paid for
         self._field = field
-        self._begun = False
+        self._guessed = False  # whether tokens may have been made that were not counted
         self._why = f"this server takes prompts of up to {limit} tokens, and this one has more"
 
     def read(self, encode: Callable[[], list[int]]) -> list[int]:
         """Make the tokens within these bounds."""
         self.check()
-        self._begun = True
+        self._guessed = True
         with within(self):
             ids = encode()
         self.tokens = len(ids)
@@ -40,7 +40,7 @@ class Reading:
     def end(self, characters: int) -> None:
         """Wait for the tokens no more; of a prompt of so many characters in which nothing was counted yet, guess it."""
         self.wanted = False
-        if self._begun and not self.tokens:
+        if self._guessed and not self.tokens:
             self.tokens = characters // 4
 
     def check(self) -> None:
@@ -66,6 +66,9 @@ class Reading:
             Refused: `context_length_exceeded`.
         """
         if at_least > self.limit:
+            self._guessed = (
+                False  # what was made of it was counted, and of one that is too long at a glance nothing was made
+            )
             raise Refused("context_length_exceeded", f"{self._why}; shorten it", self._field)
 
 
