@@ -68,6 +68,7 @@ class Broker(aiomqtt.Client):
             ],
         )
         self._share = Share()
+        self._again: asyncio.Handle | None = None  # when more is read that no reader is told of
         # What was published with QoS 1 and not acknowledged yet, by the library's numbers.
         self._on_their_way: dict[int, Outgoing] = {}
         self._moved = asyncio.Event()
@@ -157,11 +158,13 @@ class Broker(aiomqtt.Client):
                 self._disconnected.set_exception(error)
             return
         rest = self._share.rest_after(time.thread_time() - began, time.monotonic())
+        if self._again:  # one that is on its way would end this rest
+            self._again.cancel()
         if rest and self._open_at(client, number):
             self._loop.remove_reader(number)
-            self._loop.call_later(rest, self._read_again, client, number)
+            self._again = self._loop.call_later(rest, self._read_again, client, number)
         elif _decrypted(client):
-            self._loop.call_soon(self._read_again, client, number)
+            self._again = self._loop.call_soon(self._read_again, client, number)
 
     def _read_again(self, client: Paho, number: int) -> None:
         if self._open_at(client, number):

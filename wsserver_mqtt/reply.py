@@ -167,8 +167,9 @@ class Reply:
         self._look()
 
     async def emptied(self) -> None:
-        """Wait until everything was taken by the broker's connection."""
-        await self._all_sent.wait()
+        """Wait until the broker's connection has taken everything; it has when this returns, and may not have one turn later."""
+        while not self._all_sent.is_set():
+            await self._all_sent.wait()
 
     # For the server.
 
