@@ -167,7 +167,7 @@ class Reply:
         self._look()
 
     async def emptied(self) -> None:
-        """Wait until the broker's connection has taken everything; it has when this returns, and may not have one turn later."""
+        """Wait until the broker's connection has taken everything; it has when this returns, perhaps not a turn later."""
         while not self._all_sent.is_set():
             await self._all_sent.wait()
 
