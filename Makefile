@@ -34,7 +34,7 @@ serve: install
 install: .venv/installed $(MODEL)
 
 test: .venv/installed-dev $(MODEL) $(GEMMA) $(NODE_PACKAGES) packages
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 fuzz: .venv/installed-dev
 	$(BIN)/python -m tests.fuzz $(ARGS)

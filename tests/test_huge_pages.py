@@ -4,6 +4,7 @@ import ctypes
 import logging
 import mmap
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,22 +61,27 @@ def why_nothing_moves() -> str | None:
 
 
 @contextmanager
-def mapping_of_its_own(tensor: Tensor) -> Iterator[int]:
-    """Give the address of a mapping that is all whole pages of a tensor, and nothing else, while the context lasts."""
+def mappings_of_its_own(tensor: Tensor) -> Iterator[range]:
+    """Give the addresses of mappings that are all whole pages of a tensor, and nothing else, while the context lasts."""
     start = -(-address(tensor) // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address(tensor) + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # Linux makes one mapping of neighbours unless their flags differ, and what lies beside the tensor moves when it likes.
     assert madvise(start, size, mmap.MADV_DONTFORK) == 0
-    yield start
+    yield range(start, start + size)
     assert madvise(start, size, mmap.MADV_DOFORK) == 0
 
 
-def huge_bytes(mapping: int) -> int:
-    """Give how much of the mapping that begins at an address is in huge pages."""
-    _, _, mine = Path("/proc/self/smaps").read_text().partition(f"{mapping:x}-")
-    return int(mine.partition("AnonHugePages:")[2].split()[0]) * 1024
+def huge_bytes(addresses: range) -> int:
+    """Give how much of the mappings that begin at some addresses is in huge pages."""
+    huge, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if begins := re.match(r"([0-9a-f]+)-", line):
+            mine = int(begins[1], 16) in addresses
+        elif mine and line.startswith("AnonHugePages:"):
+            huge += int(line.split()[1]) * 1024
+    return huge
 
 
 @pytest.mark.parametrize("make", [plain, packed])
@@ -107,9 +113,9 @@ def test_memory_moves_to_huge_pages(make: Callable[[], Tensor], caplog: pytest.L
     if why := why_nothing_moves():
         pytest.skip(why)
     tensor = make()
-    with mapping_of_its_own(tensor) as mapping, caplog.at_level(logging.DEBUG, logger=huge_pages.__name__):
+    with mappings_of_its_own(tensor) as addresses, caplog.at_level(logging.DEBUG, logger=huge_pages.__name__):
         move_to_huge_pages([tensor], silent)
-        huge = huge_bytes(mapping)
+        huge = huge_bytes(addresses)
     # How many could be moved depends on how fragmented the machine's memory is; the two ends lie in two mappings each.
     moved = int(caplog.messages[0].partition(" of ")[0])
     assert huge > 0

@@ -38,6 +38,7 @@ from wsserver.session import ServerState, Session
 CLIENTS = 50  # whose connections follow each other
 STRANGERS = 10  # one connection in so many comes without a key
 PACES = (2, 8, 32)  # frames that a connection says at once, in turn
+PATIENT = 4  # one connection in so many hears its answers out before it says more
 BLOCKS = 256  # of the KV cache
 TEXTS = 1000  # that the one who behaves says, one after the other: a tokenizer keeps each word it has met
 PATIENCE = 60.0  # seconds for what was asked for to come to its end
@@ -135,6 +136,8 @@ class Fuzz:
             bad.say(text.replace(json.dumps(RESUMED_ID), json.dumps(id)).replace(RESUME_TOKEN, token))
             if number % pace == 0:
                 await asyncio.sleep(0)
+                if self._lives % PATIENT == 0:
+                    await eventually(lambda: bool(bad.closed_with) or not bad.peer.session.active, PATIENCE)
                 self._behave()
             if bad.closed_with:
                 break
