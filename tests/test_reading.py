@@ -1,6 +1,7 @@
 """Whose bytes are parsed when: speakers that are lists of pieces, each given as the number of frames that end in it."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import eventually
-from wsserver.reading import FRAMES_A_PIECE, FRAMES_PER_TURN, Reading
+from wsserver.reading import FRAMES_A_PIECE, FRAMES_PER_TURN, RESTS, Reading
+
+WORK = 0.01  # seconds
 
 
 class Speaker:
@@ -158,6 +161,31 @@ async def test_the_loop_rests_while_somebody_floods() -> None:
     finally:
         loop.time = loop_time  # type: ignore[method-assign]
     await finish(flood)
+
+
+async def test_it_rests_in_proportion_to_what_was_computed_for_what_was_read() -> None:
+    loop = asyncio.get_running_loop()
+    parsed: list[str] = []
+    reading = Reading()
+
+    def compute(frames: int) -> None:
+        busy(WORK)
+
+    def busy(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    began = loop.time()
+    reading.join(flood := Speaker("flood", [FRAMES_PER_TURN] * 2, parsed, compute))
+    await asyncio.sleep(0)
+    with reading.computing():  # its messages are handled after they were parsed
+        busy(WORK)
+    await eventually(lambda: len(parsed) == 2)
+    assert loop.time() - began >= (1 + RESTS) * 2 * WORK
+    reading.join(other := Speaker("other", [1], parsed))
+    assert parsed == ["flood", "flood"]
+    await finish(flood, other)
 
 
 async def test_one_that_cannot_be_parsed_keeps_nobody_else_waiting() -> None:

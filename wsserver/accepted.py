@@ -13,7 +13,7 @@ from websockets.typing import Subprotocol
 
 from wsserver import tcp
 from wsserver.config import Config
-from wsserver.limits import BURST_SECONDS, FRAMES_PER_MESSAGE, Accounts, Owner, TokenBucket
+from wsserver.limits import BURST_SECONDS, FRAMES_PER_MESSAGE, LONG_MESSAGE, Accounts, Owner, TokenBucket
 from wsserver.liveness import ping_interval
 from wsserver.protocol import SUBPROTOCOL, CloseCode
 from wsserver.reading import Reading
@@ -45,8 +45,8 @@ class Accepted(ServerConnection):
             write_limit=WRITE_LIMIT,
         )
         self.address = address
+        self.reading = reading
         self._accounts = accounts
-        self._reading = reading
         self._account = accounts.of(address)
         self._is_cut_off = False
         self._unparsed = bytearray()
@@ -81,7 +81,7 @@ class Accepted(ServerConnection):
             self.transport.pause_reading()
 
     def parse(self) -> int:
-        """Parse some of what was read; give how many frames were in it."""
+        """Parse some of what was read; give how many frames were in it, a long one for as many as it is long."""
         before = self._frame_count
         if self._may_parse:
             size = min(max(self._since_frame, PIECE), LONG_PIECE)
@@ -122,11 +122,11 @@ class Accepted(ServerConnection):
     def _join(self) -> None:
         if not (self._in_line or self._resting):
             self._in_line = True
-            self._reading.join(self)
+            self.reading.join(self)
 
     def process_event(self, event: Event) -> None:
         """Count a frame; one too many ends the connection here and now, and what is still to be read is not."""
-        self._frame_count += 1
+        self._frame_count += 1 + self._since_frame // LONG_MESSAGE
         self._since_frame = 0
         now = time.monotonic()
         # A debt: all of a client's connections together are parsed no faster, and none is let in until it is paid.

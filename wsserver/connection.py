@@ -7,10 +7,11 @@ is read in every state.
 import asyncio
 import logging
 
-from websockets.asyncio.server import ServerConnection, broadcast
+from websockets.asyncio.server import broadcast
 from websockets.exceptions import ConnectionClosed
 
 from wsserver import tcp
+from wsserver.accepted import Accepted
 from wsserver.liveness import Liveness
 from wsserver.outbox import Outbox, OutboxFull
 from wsserver.peer import Dispatch, Peer, Whose
@@ -35,7 +36,7 @@ class Connection:
 
     def __init__(
         self,
-        socket: ServerConnection,
+        socket: Accepted,
         session: Session,
         outbox: Outbox,
         resumables: Resumables,
@@ -151,7 +152,8 @@ class Connection:
                 if isinstance(data, bytes):
                     self.close(CloseCode.UNSUPPORTED_DATA, "send JSON in text frames")
                 else:
-                    self._receive(data)
+                    with self._socket.reading.computing():
+                        self._receive(data)
                 # Many that came at once are read without a wait; others have their turn all the same.
                 await asyncio.sleep(0)
                 if self._leaves_answers_unread and not self._writer.done():

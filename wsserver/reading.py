@@ -5,14 +5,19 @@ clients, not between connections: a client with fifty of them gets no more than 
 """
 
 import asyncio
+import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 # Frames of all connections together that are parsed in a turn, and for how many a piece counts in which none ends.
 FRAMES_PER_TURN = 4
 FRAMES_A_PIECE = 1 / 16
 REST = 0.004  # seconds between two turns while a client has more: the engine's thread needs the interpreter too
+# Between two turns lies this many times what was computed for the first one: reading takes no more than a fifth of the
+# interpreter. Otherwise steps took twice as long for more than a second while a hundred long messages were read.
+RESTS = 4
 
 
 class Speaker(Protocol):
@@ -24,7 +29,7 @@ class Speaker(Protocol):
         ...
 
     def parse(self) -> int:
-        """Parse a piece of it; give how many frames were in that."""
+        """Parse a piece of it; give how many frames were in that, a long one for as many as it is long."""
         ...
 
     def goes_on(self) -> bool:
@@ -65,6 +70,17 @@ class Reading:
         self._lines = [self._new, self._others]
         self._frames_left = float(FRAMES_PER_TURN)
         self._next_turn: asyncio.Handle | None = None
+        self._turn_began = 0.0
+        self._computed = 0.0  # seconds of this thread, since then
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count what this thread computes meanwhile for what was read: the more it is, the later is the next turn."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self._computed += time.thread_time() - began
 
     def join(self, speaker: Speaker) -> None:
         """Give somebody a turn, now if there is time, and more of them until nothing is left to be parsed."""
@@ -74,11 +90,12 @@ class Reading:
     def _parse(self) -> None:
         try:
             first, second = self._lines
-            while self._frames_left > 0 and (line := first or second):
-                speaker = line.pop()
-                self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
-                if speaker.goes_on():
-                    self._others.append(speaker)
+            with self.computing():
+                while self._frames_left > 0 and (line := first or second):
+                    speaker = line.pop()
+                    self._frames_left -= max(speaker.parse(), FRAMES_A_PIECE)
+                    if speaker.goes_on():
+                        self._others.append(speaker)
         finally:  # whatever one of them raised, the others have their turns
             if self._next_turn is None:
                 self._next_turn = self._schedule()
@@ -90,7 +107,14 @@ class Reading:
         return loop.call_later(REST, self._begin_turn) if self._new or self._others else loop.call_soon(self._begin_turn)
 
     def _begin_turn(self) -> None:
+        # Only now is known what it took: messages are handled after the turn in which they were parsed.
+        loop = asyncio.get_running_loop()
+        due = self._turn_began + (1 + RESTS) * self._computed
+        if loop.time() < due:
+            self._next_turn = loop.call_at(due, self._begin_turn)
+            return
         self._next_turn = None
+        self._turn_began, self._computed = loop.time(), 0.0
         self._frames_left = float(FRAMES_PER_TURN)
         self._lines.reverse()
         if self._new or self._others:

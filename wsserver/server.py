@@ -191,7 +191,7 @@ class Server:
         )
         outbox = Outbox(self._config.max_outbox_bytes)
         whose = partial(self._door.whose, _address(client))
-        connection = Connection(client, session, outbox, self.resumables, self._dispatch, whose)
+        connection = Connection(cast(Accepted, client), session, outbox, self.resumables, self._dispatch, whose)
         connection.once = ONCE in _query(client.request)
         # A look may come late by the time between two, when the peer's last sign of life was and when it is judged.
         patience = self._config.stall_timeout * (1 - 2 / LOOKS)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import cast
 
 import msgspec
-from websockets.asyncio.server import ServerConnection
 
 from handlers import dispatcher
 from LLM._base_model_handler import LoadedModel, LoadOptions, Progress
@@ -27,6 +26,7 @@ from tests.checker import Checker
 from tests.conftest import ECHO, eventually
 from tests.fuzz.messages import KEY, RESUME_TOKEN, RESUMED_ID
 from wsserver.__main__ import engine_settings, load_options
+from wsserver.accepted import Accepted
 from wsserver.config import Config
 from wsserver.connection import Connection, Dispatch
 from wsserver.limits import Owner
@@ -53,7 +53,7 @@ class Fuzzed(Connection):
         def whose(key: str) -> str | None:
             return session.id if key == KEY else None
 
-        super().__init__(cast(ServerConnection, None), session, Outbox(), resumables, dispatch, whose)
+        super().__init__(cast(Accepted, None), session, Outbox(), resumables, dispatch, whose)
         self.closed_with: CloseCode | None = None
         self._hear = hear
 
