@@ -73,6 +73,20 @@ def test_idle_time_is_no_claim_beyond_the_credit() -> None:
     assert queue.served("a101")[0] - queue.served("b1")[0] == CREDIT
 
 
+def test_many_who_were_never_here_do_not_go_before_one_who_was() -> None:
+    queue = queue_of("a0", "b0")
+    served(queue, 1)  # a's
+    running = queue.serve()
+    queue.charge(running, 500)
+    new = [f"{owner}0" for owner in "stuvwxyz"]
+    for one in new:
+        queue.join(one, one[0])
+    assert {queue.served(one)[0] for one in new} == {queue.served(running)[0]}
+    queue.join("a1", "a")
+    assert queue.served("a1")[0] == queue.served(running)[0] - CREDIT
+    assert list(queue) == ["a1", *new]
+
+
 def test_who_comes_back_from_a_moments_absence_has_the_counter_it_left_with() -> None:
     queue = queue_of("a0", "b0")
     one, other = queue.serve(), queue.serve()

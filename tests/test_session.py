@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -332,6 +333,34 @@ def test_a_cancel_is_taken_at_any_rate() -> None:
     session = paced()
     for _ in range(20):
         say(session, Cancel(), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "id", "answered_with"),
+    [
+        ({"type": "generate", "id": "g", "messages": [{"role": "nobody"}] * 1000}, "g", Done),
+        ({"type": "init", "id": "i", "model": 5}, "i", Error),
+        ({"type": "status"}, None, Error),
+    ],
+)
+def test_of_a_message_too_early_only_what_its_answer_needs_is_read(
+    said: dict[str, Any], id: str | None, answered_with: type
+):
+    session = paced(rate=0.01)
+    session.heard("", 0.0)
+    with pytest.raises(Refusal) as refusal:
+        session.heard(json.dumps(said), 0.0)
+    assert (refusal.value.code, refusal.value.id) == ("rate_limited", id)
+    assert type(session.answer(refusal.value)) is answered_with
+
+
+@pytest.mark.parametrize(
+    "said", ["{", "[1]", '{"type":"nix"}', '{"type":"generate","id":7}', '{"type":"cancel"}', "[" * 10**5, '{"id":"\ud800"}']
+)
+def test_a_message_too_early_is_read_whole_where_it_is_none_or_is_a_cancel(said: str):
+    session = paced(rate=0.01)
+    session.heard("", 0.0)
+    session.heard(said, 0.0)
 
 
 def test_what_takes_long_to_read_weighs_more() -> None:

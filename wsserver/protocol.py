@@ -386,6 +386,23 @@ def decode(text: str, max_depth: int = 1024) -> ClientMessage:
         raise Refusal("bad_message", _named(error), id, answers_with_done=valid and kind == "generate") from None
 
 
+class _Head(msgspec.Struct):
+    type: str = ""
+    id: Id | None = None
+
+
+def head(text: str) -> tuple[type[ClientMessage], str | None] | None:
+    """Read of a message only what it is and its id, which costs little however long it is; None where that fails."""
+    try:
+        found = _head.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        return None
+    return (CLIENT_TYPES[found.type], found.id) if found.type in CLIENT_TYPES else None
+
+
+_head = msgspec.json.Decoder(_Head)
+
+
 def parse(text: str, max_depth: int) -> Any:
     """Read JSON that nests no deeper than `max_depth` levels.
 

@@ -15,9 +15,9 @@ from typing import Protocol
 FRAMES_PER_TURN = 4
 FRAMES_A_PIECE = 1 / 16
 REST = 0.004  # seconds between two turns while a client has more: the engine's thread needs the interpreter too
-# Between two turns lies this many times what was computed for the first one: reading takes no more than a fifth of the
+# Between two turns lies this many times what was computed for the first one: reading takes no more than a tenth of the
 # interpreter. Otherwise steps took twice as long for more than a second while a hundred long messages were read.
-RESTS = 4
+RESTS = 9
 
 
 class Speaker(Protocol):
@@ -70,13 +70,15 @@ class Reading:
         self._lines = [self._new, self._others]
         self._frames_left = float(FRAMES_PER_TURN)
         self._next_turn: asyncio.Handle | None = None
-        self._turn_began = 0.0
-        self._computed = 0.0  # seconds of this thread, since then
+        self._computed = 0.0  # seconds of this thread, in this turn
+        self._turn_began = 0.0  # when the first of them did
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Count what this thread computes meanwhile for what was read: the more it is, the later is the next turn."""
         began = time.thread_time()
+        if not self._computed:
+            self._turn_began = asyncio.get_running_loop().time()
         try:
             yield
         finally:
@@ -114,7 +116,7 @@ class Reading:
             self._next_turn = loop.call_at(due, self._begin_turn)
             return
         self._next_turn = None
-        self._turn_began, self._computed = loop.time(), 0.0
+        self._computed = 0.0
         self._frames_left = float(FRAMES_PER_TURN)
         self._lines.reverse()
         if self._new or self._others:

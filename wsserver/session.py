@@ -36,6 +36,7 @@ from wsserver.protocol import (
     Timings,
     Token,
     Usage,
+    head,
 )
 
 
@@ -182,12 +183,15 @@ class Session:
 
         Raises:
             TooManyMessages: it is one too many of those that came too fast, with none between that did not.
+            Refusal: `rate_limited`; what else it says was not read.
         """
         counts = weight(text)
         self._wait = self._messages.take(now, counts) or self.account.messages.take(now, counts)
         self._fast_messages = self._fast_messages + 1 if self._wait else 0
         if self._fast_messages > self.max_bad_messages:
             raise TooManyMessages
+        if self._wait and self.authenticated and (known := head(text)) and known[0] is not Cancel:
+            raise Refusal("rate_limited", TOO_FAST, known[1], known[0] is Generate, self._wait)
 
     def understood(self, message: ClientMessage, now: float) -> None:
         """Take the message just heard, now that it could be decoded: the bad ones before it are forgiven.

@@ -2,8 +2,9 @@
 
 Each owner has a counter of the tokens it was served, and the one with the smallest counter is next (Sheng et al., "Fairness
 in Serving Large Language Models", OSDI 2024). An owner that comes back is lifted to just below the smallest counter of those
-that are active, as Linux's CFS does for a task that slept: to have been idle is no claim. While others wait, an owner at its
-limit of running places comes after those below theirs. Pure: it knows neither requests nor times.
+that are active, as Linux's CFS does for a task that slept: to have been idle is no claim. One that was never here begins at
+that counter: many new ones at once do not go before all others. While others wait, an owner at its limit of running places
+comes after those below theirs. Pure: it knows neither requests nor times.
 """
 
 import heapq
@@ -47,15 +48,15 @@ class _Share(Generic[T]):
         if name not in self.parts:
             self._lift_floor()
             part = self.parts[name] = _Share(self, name)
-            part.served = max(self.idle.pop(name, 0), self.floor - CREDIT)
+            part.served = max(self.idle.pop(name, self.floor), self.floor - CREDIT)
         return self.parts[name]
 
     def drop(self, part: "_Share[T]") -> None:
-        """Let a part be idle. What a counter says that lies below the floor is not worth remembering."""
+        """Let a part be idle, and remember its counter."""
         self._lift_floor()
         del self.parts[part.name]
         self.idle[part.name] = part.served
-        while self.idle and (len(self.idle) > REMEMBERED or next(iter(self.idle.values())) <= self.floor - CREDIT):
+        if len(self.idle) > REMEMBERED:
             self.idle.popitem(last=False)
 
     def path(self) -> "list[_Share[T]]":
