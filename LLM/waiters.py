@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 from LLM.engine.clock import Clock
 from LLM.engine.retry import bounded
@@ -10,11 +10,22 @@ from LLM.engine.scheduling.fair_queue import FairQueue
 from LLM.errors import Refused
 
 
+class Right(Protocol):
+    """What lets somebody have a model loaded; both raise `Refused` where it does not."""
+
+    def check(self) -> None:
+        """See that it does, before anything is done for a load."""
+        ...
+
+    def spend(self) -> None:
+        """Count the load that begins now."""
+        ...
+
+
 class Waiter:
     """One who waits for a load: told of its progress, and of his place in line if he stands in it.
 
-    The line is fair between owners, and between the users of each. `on_load` is asked before a load begins for
-    this one, and may refuse that.
+    The line is fair between owners, and between the users of each. One without a `right` may have anything loaded.
     """
 
     def __init__(
@@ -23,13 +34,13 @@ class Waiter:
         on_position: Callable[[int], None] | None = None,
         owner: Hashable = None,
         user: Hashable = None,
-        on_load: Callable[[], None] | None = None,
+        right: Right | None = None,
     ) -> None:
         self.on_progress = on_progress
         self.on_position = on_position
         self.owner = owner
         self.user = user
-        self.on_load = on_load
+        self.right = right
 
 
 class Waiters:

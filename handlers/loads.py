@@ -8,19 +8,35 @@ from LLM.model_service import ModelService
 from wsserver.session import Session
 
 
-def may_load(session: Session, models: ModelService, spec: ModelSpec) -> None:
-    """Let a load begin for a client, and count it.
+class LoadRight:
+    """The right of a session's client to have a model loaded."""
 
-    Raises:
-        Refused: `forbidden` by --client-loads, or `rate_limited`.
-    """
-    config = session.server.config
-    if config.client_loads != "any" and spec not in map(models.resolve, _may_be_loaded(session)):
-        why = "this server does not load that for clients, which may use what its status lists as loaded"
-        raise Refused("forbidden", f"{why}; leave dtype, device and quantization out, or ask the operator", "model")
-    if seconds := session.account.loads.take(time.monotonic()):
-        why = f"a client may have {config.loads_per_minute} models loaded a minute"
-        raise Refused("rate_limited", f"{why}; try again in {seconds:.0f} s, or use one that is loaded", None, seconds)
+    def __init__(self, session: Session, models: ModelService, spec: ModelSpec) -> None:
+        self._session = session
+        self._models = models
+        self._spec = spec
+
+    def check(self) -> None:
+        """See that the operator allows it.
+
+        Raises:
+            Refused: `forbidden` by --client-loads.
+        """
+        allowed = map(self._models.resolve, _may_be_loaded(self._session))
+        if self._session.server.config.client_loads != "any" and self._spec not in allowed:
+            why = "this server does not load that for clients, which may use what its status lists as loaded"
+            raise Refused("forbidden", f"{why}; leave dtype, device and quantization out, or ask the operator", "model")
+
+    def spend(self) -> None:
+        """Count a load that begins now.
+
+        Raises:
+            Refused: `forbidden`, or `rate_limited`.
+        """
+        self.check()
+        if seconds := self._session.account.loads.take(time.monotonic()):
+            why = f"a client may have {self._session.server.config.loads_per_minute} models loaded a minute"
+            raise Refused("rate_limited", f"{why}; try again in {seconds:.0f} s, or use one that is loaded", None, seconds)
 
 
 def _may_be_loaded(session: Session) -> list[str]:

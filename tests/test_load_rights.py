@@ -170,6 +170,13 @@ async def test_loading_is_a_right_of_its_own(settings: dict[str, Any], asked: di
             assert (await init(client, "again", **asked))["type"] == "ready"
 
 
+async def test_the_folder_of_a_model_that_may_not_be_loaded_is_not_read() -> None:
+    async with scripted(loaded=False, client_loads="off") as (server, _), server.client() as client:
+        other = put(server.models, OTHER)
+        other.plan_gate.shut()
+        assert (await init(client, "i", model=OTHER))["code"] == "forbidden"
+
+
 async def test_inits_are_requests_that_count() -> None:
     async with scripted(loaded=False, max_queued_per_key=3) as (server, model), server.client() as client:
         model.load_gate.shut()
