@@ -1,4 +1,4 @@
-"""Lets streams of other models run while a thread does much in Python: they wait a shorter time for the interpreter."""
+"""Lets streams run while another thread does much in Python: they wait a shorter time for the interpreter."""
 
 import sys
 from collections.abc import Iterator

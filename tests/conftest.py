@@ -12,6 +12,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from handlers import dispatcher
+from LLM.giving_way import giving_way
 from LLM.listing import MODELS_ROOT
 from LLM.model_service import ModelService
 from tests.asked import Asked, Resumable
@@ -151,7 +152,7 @@ async def running(
     options = load_options(config)
     models = ModelService(model, options, engine_settings(config), root, keeping(config))
     try:
-        async with Server(config, dispatcher(models), lambda: models.problem, keys, tls) as server:
+        async with Server(config, dispatcher(models), lambda: models.problem, keys, tls, giving_way) as server:
             yield Running(server, models)
     finally:
         await models.close()

@@ -1,15 +1,20 @@
 """Whose bytes are parsed when: speakers that are lists of pieces, each given as the number of frames that end in it."""
 
 import asyncio
+import contextlib
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import eventually
+from LLM.giving_way import SWITCH_INTERVAL, USUAL
+from tests.conftest import eventually, running
 from wsserver.reading import FRAMES_A_PIECE, FRAMES_PER_TURN, RESTS, Reading
+from wsserver.session import Session
 
 WORK = 0.01  # seconds
 
@@ -186,6 +191,40 @@ async def test_it_rests_in_proportion_to_what_was_computed_for_what_was_read() -
     reading.join(other := Speaker("other", [1], parsed))
     assert parsed == ["flood", "flood"]
     await finish(flood, other)
+
+
+async def test_it_gives_way_while_it_computes_and_no_longer() -> None:
+    inside: list[bool] = []
+    within = False
+
+    @contextlib.contextmanager
+    def giving_way() -> Iterator[None]:
+        nonlocal within
+        within = True
+        yield
+        within = False
+
+    reading = Reading(giving_way)
+    reading.join(one := Speaker("one", [1], [], lambda _: inside.append(within)))
+    with reading.computing():
+        inside.append(within)
+    await finish(one)
+    assert (inside, within) == ([True, True], False)
+
+
+async def test_a_server_gives_way_while_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    intervals: list[float] = []
+    heard = Session.heard
+
+    def hear(session: Session, text: str, now: float) -> None:
+        intervals.append(sys.getswitchinterval())
+        heard(session, text, now)
+
+    monkeypatch.setattr(Session, "heard", hear)
+    async with running() as server, server.client() as client:
+        await client.settle()
+    assert intervals == [pytest.approx(SWITCH_INTERVAL)]
+    assert sys.getswitchinterval() == USUAL
 
 
 async def test_one_that_cannot_be_parsed_keeps_nobody_else_waiting() -> None:

@@ -22,6 +22,7 @@ from LLM._base_model_handler import LoadOptions
 from LLM.blocking import DefaultExecutor
 from LLM.engine.worker import EngineSettings
 from LLM.errors import Refused
+from LLM.giving_way import giving_way
 from LLM.listing import MODELS_ROOT, list_models
 from LLM.model import Description, ModelSpec, Waiter
 from LLM.model_service import Keeping, ModelService
@@ -146,7 +147,7 @@ async def serve(config: Config) -> bool:
         models.resolve(name)  # one that is not there is told now
     async with AsyncExitStack() as closing:
         closing.push_async_callback(models.close)
-        server = Server(config, dispatcher(models), lambda: models.problem, keys, certified)
+        server = Server(config, dispatcher(models), lambda: models.problem, keys, certified, giving_way)
         await closing.enter_async_context(server)
         if config.mqtt_url:
             await closing.enter_async_context(_face(config, server, keys, models))

@@ -7,8 +7,8 @@ clients, not between connections: a client with fifty of them gets no more than 
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 # Frames of all connections together that are parsed in a turn, and for how many a piece counts in which none ends.
@@ -61,9 +61,13 @@ class RoundRobin:
 
 
 class Reading:
-    """The lines of those who have something to be parsed. Who has said little need not wait for all who go on and on."""
+    """The lines of those who have something to be parsed. Who has said little need not wait for all who go on and on.
 
-    def __init__(self) -> None:
+    While this thread computes for what was read it is in a context of `giving_way`, which lets an engine's thread in sooner.
+    """
+
+    def __init__(self, giving_way: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        self._giving_way = giving_way
         self._new = RoundRobin()
         self._others = RoundRobin()  # who had a turn, and have more
         # Which line is served before the other one: each in every second turn, so that nobody waits for ever.
@@ -80,7 +84,8 @@ class Reading:
         if not self._computed:
             self._turn_began = asyncio.get_running_loop().time()
         try:
-            yield
+            with self._giving_way():
+                yield
         finally:
             self._computed += time.thread_time() - began
 

@@ -80,6 +80,7 @@ class Server:
         problem: Callable[[], str | None] = lambda: None,
         keys: Keys | None = None,
         tls: ssl.SSLContext | None = None,
+        giving_way: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         keys = keys or Keys({})
         self.state = ServerState(
@@ -98,7 +99,7 @@ class Server:
         self._door = Door(config, keys)
         self.tls = tls
         self._arrivals = Arrivals(self.state.accounts, config.handshake_timeout, self._admit, tls)
-        self._reading = Reading()
+        self._reading = Reading(giving_way)
         self._pages = load_pages() if config.page else {}
         self._connections: dict[Connection, Liveness] = {}
         # Clients that came another way than by this listener.
