@@ -23,9 +23,9 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 OPTIONS = re.findall(
     r"[^\s\\]+", README.split("For many that do not", 1)[1].split("```sh\nwsserver", 1)[1].split("```", 1)[0]
 )
-ANSWERS, TOKENS = 6, 40  # of the honest client before the attack, and as many after it: a machine is not always equally fast
+ANSWERS, TOKENS = 5, 24  # of the honest client before the attack, and as many after it: a machine is not always equally fast
 THINK = 9  # times as long as an answer takes: reading it. Nine clients' fair share of one place is a ninth of the time
-ATTACKED = 15  # the length of the attack, in questions and answers of the quiet phase
+ATTACKED = 20  # the length of the attack, in questions and answers of the quiet phase
 FIRST_TOKEN, GAP = 3.0, 1.5  # how much longer each may take beside the attack
 WORDS = ("river", "stone", "light", "old", "walks", "over", "under", "winter", "song", "glass")
 
@@ -43,9 +43,10 @@ def gap(traces: list[Trace]) -> float:
     return quantile([gap for trace in traces for gap in trace.itls], 0.99)
 
 
-async def asked_alone(client: Client, draw: random.Random) -> list[Trace]:
+async def asked_alone(client: Client, draw: random.Random, think: float) -> list[Trace]:
+    """Let the honest client ask as it does beside the attack."""
     asked = [next(questions(draw)) for _ in range(1 + ANSWERS)]
-    return (await one_after_the_other(client.stream, asked, think=0))[1:]  # what was there before may still end in the first
+    return (await one_after_the_other(client.stream, asked, think))[1:]  # what was there before may still end in the first
 
 
 async def beside(
@@ -75,9 +76,10 @@ async def test_a_client_is_served_beside_those_who_want_all(tmp_path: Path, seed
         client = await Client.connect(server.url)
         _, known = [await client.stream(next(questions(draw))) for _ in range(2)]  # the first one warms up
         answer = known.ended - known.sent
-        quiet = await asked_alone(client, draw)
-        attacked, came_of = await beside(server, client, draw, THINK * answer, ATTACKED * (THINK + 1) * answer)
-        quiet += await asked_alone(client, draw)
+        think = THINK * answer
+        quiet = await asked_alone(client, draw, think)
+        attacked, came_of = await beside(server, client, draw, think, ATTACKED * (think + answer))
+        quiet += await asked_alone(client, draw, think)
         told = {
             "first token": [1000 * first_token(traces) for traces in (quiet, attacked)],
             "p99 gap": [1000 * gap(traces) for traces in (quiet, attacked)],
