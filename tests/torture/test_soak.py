@@ -102,8 +102,8 @@ async def at_rest(server: Process) -> int:
             await client.send(type="init", id="i", model=model)
             await client.until("ready", id="i")
         while len(resident) < ROUNDS:
-            for client in used:
-                await client.generate(prompt=PROMPTS[0], max_tokens=24)
+            # At once: while one waited for the other, it would be unloaded.
+            await asyncio.gather(*(client.generate(prompt=PROMPTS[0], max_tokens=24) for client in used))
             if len((await one.settle())["models"]) == len(used):
                 resident.append(held.resident)
     return int(statistics.median(resident))
