@@ -169,9 +169,10 @@ class ModelService:
 
     async def _find(self, spec: ModelSpec, waiter: Waiter) -> Model:
         """Give the model that is loaded or being loaded; begin to load it if it is neither."""
-        # Reading a folder takes long: whoever may not have it loaded is refused before, unless it may be loaded already.
-        if waiter.right and all(model.name != spec.model for model in self._models.values()):
-            waiter.right.check()
+        # Reading a folder is slow, so a forbidden load is refused first. If the model is loaded in some precision, only the
+        # plan tells whether it is the one asked for.
+        if waiter.permission and all(model.name != spec.model for model in self._models.values()):
+            waiter.permission.check()
         plan = await self._plans.get(spec)
         settled = ModelSpec(spec.model, plan.options)
         if spec == self._default_asked:
@@ -206,8 +207,8 @@ class ModelService:
         stay = [other for other in [*others, *stuck] if other not in own]
         recent = recent_of_others(waiter.owner, stay)
         found = [*own, *leaving(plan, stay, self._keeping.memory, self._keeping.models, recent)]
-        if waiter.right:
-            waiter.right.spend()
+        if waiter.permission:
+            waiter.permission.spend()
         return found
 
     def _begin_to_load(self, spec: ModelSpec, plan: Plan, owner: Hashable) -> Model:

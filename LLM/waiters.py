@@ -10,22 +10,25 @@ from LLM.engine.scheduling.fair_queue import FairQueue
 from LLM.errors import Refused
 
 
-class Right(Protocol):
-    """What lets somebody have a model loaded; both raise `Refused` where it does not."""
+class LoadPermission(Protocol):
+    """Whether a client may have a model loaded.
+
+    Both methods raise `Refused` if it may not.
+    """
 
     def check(self) -> None:
-        """See that it does, before anything is done for a load."""
+        """Check the permission before any work is done for the load."""
         ...
 
     def spend(self) -> None:
-        """Count the load that begins now."""
+        """Check it again, and count the load that begins now."""
         ...
 
 
 class Waiter:
     """One who waits for a load: told of its progress, and of his place in line if he stands in it.
 
-    The line is fair between owners, and between the users of each. One without a `right` may have anything loaded.
+    The line is fair between owners, and between the users of each. Without a `permission` every load is allowed.
     """
 
     def __init__(
@@ -34,13 +37,13 @@ class Waiter:
         on_position: Callable[[int], None] | None = None,
         owner: Hashable = None,
         user: Hashable = None,
-        right: Right | None = None,
+        permission: LoadPermission | None = None,
     ) -> None:
         self.on_progress = on_progress
         self.on_position = on_position
         self.owner = owner
         self.user = user
-        self.right = right
+        self.permission = permission
 
 
 class Waiters:

@@ -63,7 +63,7 @@ async def send_all(socket: ClientConnection, attacker: Attacker, messages: Itera
         for message in messages:
             await socket.send(message)
             attacker.counts["messages"] += 1
-            await asyncio.sleep(1 / rate)
+            await asyncio.sleep(1 / rate)  # the rate of the attack
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
@@ -109,7 +109,7 @@ async def resumes(attacker: Attacker) -> None:
         token = None
         while token is None:
             token = await resumable(socket)
-            await asyncio.sleep(1 / RATE)
+            await asyncio.sleep(1 / RATE)  # the rate of the attack
         resume = {"type": "resume", "id": "r", "resume_token": token, "after_seq": 0}
         await send_all(socket, attacker, repeat(json.dumps(resume)), RATE)
 

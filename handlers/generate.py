@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import fields, replace
 from functools import partial
 
-from handlers.loads import LoadRight
+from handlers.loads import SessionLoadPermission
 from handlers.waiting import Late, Stopped, chosen_model, refusal, until_stopped
 from LLM._base_model_handler import ChatMessage, GenerationOptions
 from LLM.chat.reading import Reading
@@ -74,8 +74,8 @@ async def _prepare(
     def on_position(position: int) -> None:
         job.send(Queued(id=job.id, position=position))
 
-    right, user = LoadRight(session, models, spec), _user(message, session)
-    waiter = Waiter(on_position=on_position, owner=session.owner, user=user, right=right)
+    permission, user = SessionLoadPermission(session, models, spec), _user(message, session)
+    waiter = Waiter(on_position=on_position, owner=session.owner, user=user, permission=permission)
     model = await use.enter_async_context(models.use(spec, waiter))
     prompt = message.prompt if message.prompt is not None else _conversation(message)
     _log_content(session, job, "asks", prompt)

@@ -3,7 +3,7 @@
 from contextlib import AsyncExitStack
 from functools import partial
 
-from handlers.loads import LoadRight
+from handlers.loads import SessionLoadPermission
 from handlers.waiting import Stopped, chosen_model, refusal, until_stopped
 from LLM.errors import Refused
 from LLM.model import Model, ModelSpec, Waiter
@@ -27,7 +27,7 @@ async def _load(session: Session, models: ModelService, spec: ModelSpec, job: Jo
 
     try:
         async with AsyncExitStack() as use:
-            waiter = Waiter(on_progress, owner=session.owner, right=LoadRight(session, models, spec))
+            waiter = Waiter(on_progress, owner=session.owner, permission=SessionLoadPermission(session, models, spec))
             in_use = use.enter_async_context(models.use(spec, waiter))
             job.send(_ready(job.id, session, await until_stopped(job, in_use)))
     except Stopped:

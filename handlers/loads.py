@@ -8,8 +8,8 @@ from LLM.model_service import ModelService
 from wsserver.session import Session
 
 
-class LoadRight:
-    """The right of a session's client to have a model loaded."""
+class SessionLoadPermission:
+    """The permission of a session's client to have a model loaded."""
 
     def __init__(self, session: Session, models: ModelService, spec: ModelSpec) -> None:
         self._session = session
@@ -17,7 +17,7 @@ class LoadRight:
         self._spec = spec
 
     def check(self) -> None:
-        """See that the operator allows it.
+        """Check what the operator allows.
 
         Raises:
             Refused: `forbidden` by --client-loads.
@@ -28,7 +28,7 @@ class LoadRight:
             raise Refused("forbidden", f"{why}; leave dtype, device and quantization out, or ask the operator", "model")
 
     def spend(self) -> None:
-        """Count a load that begins now.
+        """Check it again, and count the load that begins now.
 
         Raises:
             Refused: `forbidden`, or `rate_limited`.

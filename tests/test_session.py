@@ -338,7 +338,7 @@ def test_a_cancel_is_taken_at_any_rate() -> None:
 @pytest.mark.parametrize(
     ("said", "id", "answered_with"),
     [
-        ({"type": "generate", "id": "g", "messages": [{"role": "nobody"}] * 1000}, "g", Done),
+        ({"type": "generate", "id": "g", "messages": [{"role": "wizard"}] * 1000}, "g", Done),
         ({"type": "init", "id": "i", "model": 5}, "i", Error),
         ({"type": "status"}, None, Error),
     ],

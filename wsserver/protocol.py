@@ -391,16 +391,16 @@ class _Head(msgspec.Struct):
     id: Id | None = None
 
 
+_HEAD_DECODER = msgspec.json.Decoder(_Head)
+
+
 def head(text: str) -> tuple[type[ClientMessage], str | None] | None:
-    """Read of a message only what it is and its id, which costs little however long it is; None where that fails."""
+    """Decode only the type and the id of a message, at little cost; None if they are not valid."""
     try:
-        found = _head.decode(text)
+        found = _HEAD_DECODER.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeError):
         return None
     return (CLIENT_TYPES[found.type], found.id) if found.type in CLIENT_TYPES else None
-
-
-_head = msgspec.json.Decoder(_Head)
 
 
 def parse(text: str, max_depth: int) -> Any:

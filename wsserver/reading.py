@@ -79,7 +79,7 @@ class Reading:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Count what this thread computes meanwhile for what was read: the more it is, the later is the next turn."""
+        """Measure the CPU time of this context; the next turn begins the later, the more it is."""
         began = time.thread_time()
         if not self._computed:
             self._turn_began = asyncio.get_running_loop().time()
